@@ -1,0 +1,25 @@
+"""Noise-Aware Preference Optimization (CVPR 2025, arXiv:2503.17928) as a standalone loss."""
+
+from napo_loss._version import __version__
+from napo_loss.objective import napo_loss, noise_aware_dpo_loss, noise_level
+from napo_loss.types import (
+    PAPER_NEGATIVES,
+    NaPOLoss,
+    Negative,
+    PreferenceLoss,
+    Recipe,
+    SequenceLogps,
+)
+
+__all__ = [
+    "PAPER_NEGATIVES",
+    "NaPOLoss",
+    "Negative",
+    "PreferenceLoss",
+    "Recipe",
+    "SequenceLogps",
+    "__version__",
+    "napo_loss",
+    "noise_aware_dpo_loss",
+    "noise_level",
+]

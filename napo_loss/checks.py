@@ -1,0 +1,104 @@
+"""Argument checks: each names the argument, what was given and what was expected, before any work is done.
+
+Only what the host already knows is checked (types, shapes, dtypes, devices, Python numbers). A tensor's values
+would cost a device sync; where they can be wrong, the result is NaN instead.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+
+
+def check_positive(name: str, value: float) -> None:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+
+
+def check_like(name: str, x: Tensor, other_name: str, other: Tensor, shape: torch.Size) -> None:
+    """``x`` lives where ``other`` does and has ``shape``."""
+    check_tensor(name, x)
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, as {other_name} asks, got {list(x.shape)}")
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device}, but {other_name} is on {other.device}")
+
+
+def check_logps(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor | None,
+    reference_rejected: Tensor | None,
+) -> None:
+    """``[B]`` chosen, ``[B]`` or ``[K, B]`` rejected, and references of the same shapes or none at all."""
+    check_tensor("policy_chosen_logps", policy_chosen)
+    if policy_chosen.dim() != 1:
+        raise ValueError(f"policy_chosen_logps must have shape [B], got {list(policy_chosen.shape)}")
+    if policy_chosen.numel() == 0:
+        raise ValueError("policy_chosen_logps is empty: the batch holds no pair")
+    check_tensor("policy_rejected_logps", policy_rejected)
+    shape = policy_rejected.shape
+    if len(shape) not in (1, 2) or shape[-1] != policy_chosen.shape[0] or shape[0] == 0:
+        raise ValueError(
+            f"policy_rejected_logps must have shape [B] or [K, B] with B = {policy_chosen.shape[0]} and K >= 1, "
+            f"got {list(shape)}"
+        )
+    check_like("policy_rejected_logps", policy_rejected, "policy_chosen_logps", policy_chosen, shape)
+    if (reference_chosen is None) != (reference_rejected is None):
+        raise ValueError(
+            "reference_chosen_logps and reference_rejected_logps must both be given, or both be None "
+            "(reference-free)"
+        )
+    if reference_chosen is not None and reference_rejected is not None:
+        check_like(
+            "reference_chosen_logps",
+            reference_chosen,
+            "policy_chosen_logps",
+            policy_chosen,
+            policy_chosen.shape,
+        )
+        check_like(
+            "reference_rejected_logps", reference_rejected, "policy_rejected_logps", policy_rejected, shape
+        )
+
+
+def check_margin(margin: Tensor) -> None:
+    check_tensor("margin", margin)
+    if margin.dim() not in (1, 2) or margin.numel() == 0:
+        raise ValueError(f"margin must be a non-empty [B] or [K, B] tensor, got shape {list(margin.shape)}")
+
+
+def check_q(q: float | Tensor, margin: Tensor) -> None:
+    """A float in [0, 1], or a tensor that broadcasts to the margin without growing it."""
+    if not isinstance(q, Tensor):
+        if not 0 <= q <= 1:
+            raise ValueError(f"q must be in [0, 1], got {q}")
+        return
+    check_tensor("q", q)
+    try:
+        fits = torch.broadcast_shapes(q.shape, margin.shape) == margin.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"q must broadcast to the margin's shape {list(margin.shape)}, got {list(q.shape)}")
+    if q.dim() and q.device != margin.device:
+        raise ValueError(f"q is on {q.device}, but the log-probs are on {margin.device}")
+
+
+def check_estimator(bounds: tuple[float, float], reduction: str, decay: float) -> None:
+    low, high = bounds
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"bounds must satisfy 0 <= low <= high <= 1, got {bounds}")
+    if reduction not in ("rank_mean", "mean", "none"):
+        raise ValueError(f"reduction must be 'rank_mean', 'mean' or 'none', got {reduction!r}")
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must be in [0, 1), got {decay}")

@@ -1,0 +1,331 @@
+"""From sequence log-probs to losses: the noise level q, the loss L_q, several negatives.
+
+    ψ   = (log π(y_w) − log π(y_l)) − (log π_ref(y_w) − log π_ref(y_l))     margin, nats
+    q   = clamp(2·(1 − σ(α·m̄)), 0.001, 1)                                  m̄: mean margin, detached
+    L_q = (1 − σ(βψ)^q) / q                                                q → 0: DPO; q = 1: MAE
+
+Source: Debiasing Multimodal Large Language Models via Noise-Aware Preference Optimization (CVPR 2025),
+arXiv:2503.17928.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from napo_loss.checks import check_estimator, check_logps, check_margin, check_positive, check_q
+from napo_loss.negatives import Group, Logps, pack
+from napo_loss.parallel import mean_over_group
+from napo_loss.types import MIN_LENGTH, NaPOLoss, Negative, PreferenceLoss, Recipe
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Q_BOUNDS = (0.001, 1.0)
+WEIGHT_FLOOR = 0.01
+"""The smallest share a negative keeps under dynamic weights."""
+
+
+def noise_aware_dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor | None,
+    reference_rejected_logps: Tensor | None,
+    *,
+    beta: float = 0.1,
+    q: float | Tensor,
+) -> PreferenceLoss:
+    r"""DPO with robustness ``q``: the negative Box–Cox transform of the preference probability.
+
+    ``L_q = (1 − σ(βψ)^q) / q``. ``q = 0`` is exactly DPO, ``−log σ(βψ)``; ``q = 1`` is the mean absolute
+    error ``1 − σ(βψ)``. Its gradient is the DPO gradient times ``σ(βψ)^q``: pairs the policy contradicts
+    (often mislabelled ones) pull less the larger q is.
+
+    Args:
+        policy_chosen_logps: ``log π(y_w)`` in nats, ``[B]``; any floating dtype, computed in float32
+            (float64 stays float64).
+        policy_rejected_logps: ``log π(y_l)``, ``[B]``, or ``[K, B]`` for K negatives per chosen.
+        reference_chosen_logps: ``log π_ref(y_w)``, ``[B]``; ``None`` (both) for a reference-free loss.
+        reference_rejected_logps: ``log π_ref(y_l)``, shaped as the policy's.
+        beta: strength β > 0 of the pull to the reference.
+        q: robustness in [0, 1], a float or a tensor that broadcasts to the margin: scalar, ``[B]``,
+            ``[K, 1]`` (one per negative) or ``[K, B]``. No gradient flows into it. A tensor's values
+            are not read back to check them: outside [0, 1] the loss is NaN.
+
+    Returns:
+        ``losses`` shaped as the rejected log-probs, ``chosen_rewards [B]``, ``rejected_rewards``.
+
+    Raises:
+        ValueError: on mismatched shapes or devices, an empty batch, β ≤ 0 or a float q outside [0, 1].
+        TypeError: where an argument is not a floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> from napo_loss import noise_aware_dpo_loss
+        >>> chosen, rejected = torch.tensor([-10.0, -12.0]), torch.tensor([-14.0, -11.0])
+        >>> ref = torch.tensor([-11.0, -11.0])
+        >>> losses, *_ = noise_aware_dpo_loss(chosen, rejected, ref, ref, beta=0.1, q=0.0)
+        >>> losses  # DPO itself
+        tensor([0.5130, 0.7444])
+        >>> noise_aware_dpo_loss(chosen, rejected, ref, ref, beta=0.1, q=1.0).losses  # 1 − p
+        tensor([0.4013, 0.5250])
+
+    Source:
+        arXiv:2503.17928, section 4; the transform is Box–Cox's as in arXiv:1805.07836.
+    """
+    check_positive("beta", beta)
+    check_logps(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    chosen = _log_ratio(policy_chosen_logps, reference_chosen_logps)
+    rejected = _log_ratio(policy_rejected_logps, reference_rejected_logps)
+    check_q(q, rejected)
+    losses = _box_cox(beta * (chosen - rejected), q)
+    return PreferenceLoss(losses, (beta * chosen).detach(), (beta * rejected).detach())
+
+
+def noise_level(
+    margin: Tensor,
+    *,
+    alpha: float = 0.01,
+    bounds: tuple[float, float] = Q_BOUNDS,
+    reduction: Literal["rank_mean", "mean", "none"] = "rank_mean",
+    process_group: ProcessGroup | None = None,
+    previous: float | Tensor | None = None,
+    decay: float = 0.0,
+) -> Tensor:
+    r"""How noisy the batch looks, as the robustness q of :func:`noise_aware_dpo_loss`.
+
+    ``q = clamp(2·(1 − σ(α·m̄)), *bounds)`` with m̄ the mean of ``margin``. At the start of training the margin
+    is 0 and q is 1, the most robust; as the policy learns to tell the pairs apart q falls towards DPO.
+
+    With few samples q is itself noise, and because it is not linear in the margin, the q of a batch is not
+    the mean of the q of its micro-batches: **gradient accumulation changes it**. Either estimate q once from
+    the margins of the whole accumulated batch and hand it to :func:`noise_aware_dpo_loss`, or smooth it over
+    steps with ``previous`` and ``decay``.
+
+    Args:
+        margin: unscaled margins ψ (no β) in nats, ``[B]``, or ``[K, B]`` for K negatives; sums or per-token
+            means, whichever ``alpha`` was chosen for (published: 0.01 for sums, 0.5 for means). Detached here.
+        alpha: slope α > 0.
+        bounds: smallest and largest q, within [0, 1].
+        reduction: what m̄ is. ``"rank_mean"``: the mean over ranks of each rank's mean, as published;
+            ``"mean"``: the mean over all samples of all ranks, right for ragged batches; ``"none"``: each
+            sample's own margin (no communication).
+        process_group: ranks to average over (``torch.distributed.group.WORLD`` for all). ``None``: this
+            process alone; there is no hidden communication. All negatives share one all-reduce.
+        previous: the q of the step before, to smooth with; ``None`` at the first step.
+        decay: share of ``previous`` that is kept: ``decay·previous + (1 − decay)·q``, in [0, 1).
+
+    Returns:
+        q, detached: a scalar for ``[B]``, ``[K]`` for ``[K, B]``, or shaped as ``margin`` with ``"none"``.
+
+    Raises:
+        ValueError: on an empty margin, more than two dimensions, α ≤ 0, bounds or decay out of range.
+        TypeError: where ``margin`` is not a floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> from napo_loss import noise_level
+        >>> noise_level(torch.zeros(4))  # step 0: most robust
+        tensor(1.)
+        >>> noise_level(torch.tensor([[100.0, 300.0], [0.0, 20.0]]))  # two negatives
+        tensor([0.2384, 0.9500])
+
+    Source:
+        arXiv:2503.17928, section 4.3, and its published code.
+    """
+    check_margin(margin)
+    check_positive("alpha", alpha)
+    check_estimator(bounds, reduction, decay)
+    margin = _upcast(margin.detach())
+    if reduction != "none":
+        by_count = reduction == "mean"
+        margin = mean_over_group(
+            margin.mean(-1), margin.shape[-1], by_count=by_count, process_group=process_group
+        )
+    return _smooth(_q_of(margin, alpha, bounds), previous, decay)
+
+
+def napo_loss(
+    policy_chosen_logps: Logps,
+    policy_rejected_logps: Logps | Mapping[str, Logps],
+    reference_chosen_logps: Logps | None,
+    reference_rejected_logps: Logps | Mapping[str, Logps] | None,
+    *,
+    beta: float = 0.1,
+    recipe: Recipe | None = None,
+    previous_q: float | Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+) -> NaPOLoss:
+    r"""Noise-Aware Preference Optimization: estimates q from the batch and applies the loss.
+
+    ``loss_b = Σ_k weight_k · L_{q_k}(β·ψ_kb) − sft_weight · log π(y_w,b)``, with one ``q_k`` per kind of
+    negative from :func:`noise_level` and :func:`noise_aware_dpo_loss` as the loss. The positional order and
+    the triple are those of the DPO hooks of TRL, LLaMA-Factory, OpenRLHF, ms-swift and muffin.
+
+    Args:
+        policy_chosen_logps: ``log π(y_w)`` in nats, ``[B]``, or a :class:`SequenceLogps`, whose lengths are
+            needed where the recipe reads per-token means.
+        policy_rejected_logps: one negative per chosen, ``[B]``; several, ``[K, B]``; or a mapping from the
+            name of the negative (``"rejected"``, ``"question_only"``, ``"image_only"``, any name) to ``[B]``.
+        reference_chosen_logps: ``log π_ref(y_w)``, ``[B]``; ``None`` (both) for a reference-free loss.
+        reference_rejected_logps: as ``policy_rejected_logps``; a mapping has the same names.
+        beta: strength β > 0.
+        recipe: the other settings, see :class:`Recipe`. Default: the published values.
+        previous_q: the ``.q`` of the step before, where ``recipe.decay > 0`` smooths q.
+        process_group: ranks over which mean margins are averaged (see :func:`noise_level`), in one
+            all-reduce for all negatives and weights together.
+
+    Returns:
+        ``losses [B]`` (weighted over negatives), ``chosen_rewards [B]``, ``rejected_rewards`` (``[B]``, or
+        ``[K, B]`` with the rows in the order given): unpacks as three. ``.q`` and ``.weights`` (``[K]``;
+        scalars for one ``[B]`` negative) ride along for logging.
+
+    Raises:
+        ValueError: on mismatched shapes, names or devices, an empty batch, β ≤ 0, missing lengths.
+        TypeError: where an argument is not a floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> from napo_loss import napo_loss
+        >>> chosen = torch.tensor([-10.0, -12.0], requires_grad=True)
+        >>> rejected = torch.tensor([-60.0, -11.0], requires_grad=True)
+        >>> ref_chosen, ref_rejected = torch.tensor([-11.0, -11.0]), torch.tensor([-20.0, -11.0])
+        >>> out = napo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1)
+        >>> losses, chosen_rewards, rejected_rewards = out
+        >>> losses.mean().backward()
+        >>> chosen_rewards
+        tensor([ 0.1000, -0.1000])
+        >>> out.q  # mean margin 20 nats: nearly the most robust
+        tensor(0.9003)
+
+    Note:
+        On a GPU with Triton this is one kernel launch forward (two with a process group) and one
+        elementwise launch backward, without a host sync. Negatives given as a mapping of separate tensors
+        cost one more launch, to stack them; rows of one ``[K, B]`` tensor do not.
+
+    Source:
+        arXiv:2503.17928 and its published code (β, α, weights, bounds, the SFT term).
+    """
+    check_positive("beta", beta)
+    recipe = recipe or Recipe()
+    group = pack(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, recipe
+    )
+    previous = _previous(previous_q, group)
+    losses, chosen_rewards, rejected_rewards, q, weights = _eager(
+        group, beta, recipe, previous, process_group
+    )
+    if not group.stacked:
+        rejected_rewards, q, weights = rejected_rewards[0], q[0], weights[0]
+    return NaPOLoss(losses, chosen_rewards, rejected_rewards, q, weights)
+
+
+def _eager(
+    group: Group, beta: float, recipe: Recipe, previous_q: Tensor | None, process_group: ProcessGroup | None
+) -> tuple[Tensor, ...]:
+    """The objective in plain tensor operations, differentiable any number of times."""
+    chosen = _log_ratio(group.policy_chosen, group.reference_chosen)
+    rejected = _log_ratio(group.policy_rejected, group.reference_rejected)
+    sft = recipe.sft_weight * _upcast(group.policy_chosen)
+    margins = {"sum": chosen - rejected}
+    if group.chosen_length is not None and group.rejected_length is not None:
+        mean_chosen = chosen / group.chosen_length.clamp_min(MIN_LENGTH)
+        mean_rejected = rejected / group.rejected_length.clamp_min(MIN_LENGTH)
+        margins["mean"] = mean_chosen - mean_rejected
+        if recipe.average_logps:
+            chosen, rejected, sft = (
+                mean_chosen,
+                mean_rejected,
+                sft / group.chosen_length.clamp_min(MIN_LENGTH),
+            )
+    psi = margins["mean" if recipe.average_logps else "sum"]
+
+    seen = torch.stack(
+        [margins[n.margin][k] if n.q is None else psi[k] for k, n in enumerate(group.negatives)]
+    )
+    means = torch.stack([seen.mean(-1), beta * psi.mean(-1)]).detach()
+    by_count = recipe.reduction == "mean"
+    means = mean_over_group(means, psi.shape[-1], by_count=by_count, process_group=process_group)
+    estimate = seen.detach() if recipe.reduction == "none" else means[0]
+    q = torch.stack([_q_of_negative(n, estimate[k]) for k, n in enumerate(group.negatives)])
+    if previous_q is not None:
+        q = torch.stack(
+            [
+                q[k] if n.q is not None else _smooth(q[k], previous_q[k], recipe.decay)
+                for k, n in enumerate(group.negatives)
+            ]
+        )
+    if recipe.weights == "dynamic":
+        weights = dynamic_weights(means[1])
+    else:
+        weights = torch.stack([torch.full_like(means[1, k], n.weight) for k, n in enumerate(group.negatives)])
+    losses = _box_cox(beta * psi, q if q.dim() == 2 else q[:, None])
+    losses = (weights[:, None] * losses).sum(0) - sft
+    return losses, (beta * chosen).detach(), (beta * rejected).detach(), q, weights
+
+
+def dynamic_weights(reward_margins: Tensor) -> Tensor:
+    """Each negative's share of the summed mean reward margins, floored at 0.01 — the published rule.
+
+    That rule is undefined when the margins sum to 0 or less, and runs away when they nearly cancel. Here a
+    negative margin counts as 0, which changes nothing while all are positive, and where none is positive the
+    negatives share equally.
+
+    Args:
+        reward_margins: ``β·mean ψ`` of each negative, ``[K]``.
+    """
+    gain = reward_margins.clamp_min(0.0)
+    total = gain.sum()
+    share = gain / torch.where(total > 0, total, 1.0)
+    return torch.where(total > 0, share, 1.0 / gain.numel()).clamp_min(WEIGHT_FLOOR)
+
+
+def _box_cox(x: Tensor, q: float | Tensor) -> Tensor:
+    """``(1 − σ(x)^q)/q`` without its pitfalls: exact at q = 0, no overflow and no NaN gradient at any x."""
+    log_p = F.logsigmoid(x)
+    if not isinstance(q, Tensor):
+        return -log_p if q == 0 else -torch.expm1(q * log_p) / q
+    q = q.detach().to(x.dtype)
+    q = torch.where((q >= 0) & (q <= 1), q, torch.nan)
+    # Both sides of `where` are differentiated, so neither may divide by zero.
+    return torch.where(q == 0, -log_p, -torch.expm1(q * log_p) / torch.where(q == 0, 1.0, q))
+
+
+def _q_of(margin: Tensor, alpha: float, bounds: tuple[float, float]) -> Tensor:
+    return (2 * torch.sigmoid(-alpha * margin)).clamp(*bounds)
+
+
+def _q_of_negative(negative: Negative, margin: Tensor) -> Tensor:
+    if negative.q is not None:
+        return torch.full_like(margin, negative.q)
+    return _q_of(margin, negative.alpha, Q_BOUNDS)
+
+
+def _smooth(q: Tensor, previous: float | Tensor | None, decay: float) -> Tensor:
+    return q if previous is None else decay * previous + (1 - decay) * q
+
+
+def _log_ratio(policy: Tensor, reference: Tensor | None) -> Tensor:
+    """``log π − log π_ref``, in float32 at least; no gradient flows into the reference."""
+    return _upcast(policy) if reference is None else _upcast(policy) - _upcast(reference.detach())
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _previous(q: float | Tensor | None, group: Group) -> Tensor | None:
+    """``previous_q`` as one value (or one row) per negative."""
+    if q is None:
+        return None
+    K, B = group.policy_rejected.shape
+    q = torch.as_tensor(q, dtype=torch.float32, device=group.policy_rejected.device).detach()
+    if not group.stacked and q.dim() < 2:
+        q = q.reshape(1, -1) if q.shape == (B,) and B > 1 else q.reshape(-1)
+    if q.shape not in ((K,), (K, B)):
+        raise ValueError(f"previous_q must be the .q of the step before, [{K}], got shape {list(q.shape)}")
+    return q
