@@ -1,6 +1,7 @@
 """Noise-Aware Preference Optimization (CVPR 2025, arXiv:2503.17928) as a standalone loss."""
 
 from napo_loss._version import __version__
+from napo_loss.logps import sequence_logps
 from napo_loss.objective import napo_loss, noise_aware_dpo_loss, noise_level
 from napo_loss.types import (
     PAPER_NEGATIVES,
@@ -22,4 +23,5 @@ __all__ = [
     "napo_loss",
     "noise_aware_dpo_loss",
     "noise_level",
+    "sequence_logps",
 ]

@@ -55,8 +55,7 @@ def check_logps(
     check_like("policy_rejected_logps", policy_rejected, "policy_chosen_logps", policy_chosen, shape)
     if (reference_chosen is None) != (reference_rejected is None):
         raise ValueError(
-            "reference_chosen_logps and reference_rejected_logps must both be given, or both be None "
-            "(reference-free)"
+            "reference_chosen_logps and reference_rejected_logps must both be given, or both be None (reference-free)"
         )
     if reference_chosen is not None and reference_rejected is not None:
         check_like(
@@ -66,9 +65,7 @@ def check_logps(
             policy_chosen,
             policy_chosen.shape,
         )
-        check_like(
-            "reference_rejected_logps", reference_rejected, "policy_rejected_logps", policy_rejected, shape
-        )
+        check_like("reference_rejected_logps", reference_rejected, "policy_rejected_logps", policy_rejected, shape)
 
 
 def check_margin(margin: Tensor) -> None:
@@ -102,3 +99,32 @@ def check_estimator(bounds: tuple[float, float], reduction: str, decay: float) -
         raise ValueError(f"reduction must be 'rank_mean', 'mean' or 'none', got {reduction!r}")
     if not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), got {decay}")
+
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_logits(logits: Tensor) -> None:
+    check_tensor("logits", logits)
+    if logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.dim() != 3 or logits.numel() == 0:
+        raise ValueError(f"logits must be a non-empty [N, T, V] tensor, got shape {list(logits.shape)}")
+
+
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"labels must have shape [N, T] = {list(logits.shape[:2])}, as logits asks, got {list(labels.shape)}"
+        )
+    if labels.device != logits.device:
+        raise ValueError(f"labels is on {labels.device}, but logits is on {logits.device}")
+
+
+def check_backend(backend: str) -> None:
+    if backend not in ("auto", "triton", "eager"):
+        raise ValueError(f"backend must be 'auto', 'triton' or 'eager', got {backend!r}")

@@ -57,17 +57,13 @@ def pack(
                 "SequenceLogps(sum, length), which carry the lengths; got bare tensors"
             )
         check_like("the length of policy_chosen_logps", chosen_length, "its sum", chosen, chosen.shape)
-        check_like(
-            "the length of policy_rejected_logps", rejected_length, "its sum", rejected, rejected.shape
-        )
+        check_like("the length of policy_rejected_logps", rejected_length, "its sum", rejected, rejected.shape)
     else:
         chosen_length = rejected_length = None
     if not stacked:
         rejected, rejected_length = rejected[None], _row(rejected_length)
         ref_rejected = _row(ref_rejected)
-    return Group(
-        chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length, negatives, stacked
-    )
+    return Group(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length, negatives, stacked)
 
 
 def _row(x: Tensor | None) -> Tensor | None:

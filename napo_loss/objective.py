@@ -10,24 +10,22 @@ arXiv:2503.17928.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from napo_loss import ops
 from napo_loss.checks import check_estimator, check_logps, check_margin, check_positive, check_q
+from napo_loss.formulas import Q_BOUNDS, box_cox, combine, log_ratio, q_of, smooth, upcast
 from napo_loss.negatives import Group, Logps, pack
 from napo_loss.parallel import mean_over_group
-from napo_loss.types import MIN_LENGTH, NaPOLoss, Negative, PreferenceLoss, Recipe
+from napo_loss.types import NaPOLoss, PreferenceLoss, Recipe
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-Q_BOUNDS = (0.001, 1.0)
-WEIGHT_FLOOR = 0.01
-"""The smallest share a negative keeps under dynamic weights."""
 
 
 def noise_aware_dpo_loss(
@@ -79,10 +77,10 @@ def noise_aware_dpo_loss(
     """
     check_positive("beta", beta)
     check_logps(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    chosen = _log_ratio(policy_chosen_logps, reference_chosen_logps)
-    rejected = _log_ratio(policy_rejected_logps, reference_rejected_logps)
+    chosen = log_ratio(policy_chosen_logps, reference_chosen_logps)
+    rejected = log_ratio(policy_rejected_logps, reference_rejected_logps)
     check_q(q, rejected)
-    losses = _box_cox(beta * (chosen - rejected), q)
+    losses = box_cox(beta * (chosen - rejected), q)
     return PreferenceLoss(losses, (beta * chosen).detach(), (beta * rejected).detach())
 
 
@@ -140,13 +138,11 @@ def noise_level(
     check_margin(margin)
     check_positive("alpha", alpha)
     check_estimator(bounds, reduction, decay)
-    margin = _upcast(margin.detach())
+    margin = upcast(margin.detach())
     if reduction != "none":
         by_count = reduction == "mean"
-        margin = mean_over_group(
-            margin.mean(-1), margin.shape[-1], by_count=by_count, process_group=process_group
-        )
-    return _smooth(_q_of(margin, alpha, bounds), previous, decay)
+        margin = mean_over_group(margin.mean(-1), margin.shape[-1], by_count=by_count, process_group=process_group)
+    return smooth(q_of(margin, alpha, bounds), previous, decay)
 
 
 def napo_loss(
@@ -212,110 +208,13 @@ def napo_loss(
     """
     check_positive("beta", beta)
     recipe = recipe or Recipe()
-    group = pack(
-        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, recipe
-    )
+    group = pack(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, recipe)
     previous = _previous(previous_q, group)
-    losses, chosen_rewards, rejected_rewards, q, weights = _eager(
-        group, beta, recipe, previous, process_group
-    )
+    objective = _fused if _can_fuse(group, recipe) else combine
+    losses, chosen_rewards, rejected_rewards, q, weights = objective(group, beta, recipe, previous, process_group)
     if not group.stacked:
         rejected_rewards, q, weights = rejected_rewards[0], q[0], weights[0]
     return NaPOLoss(losses, chosen_rewards, rejected_rewards, q, weights)
-
-
-def _eager(
-    group: Group, beta: float, recipe: Recipe, previous_q: Tensor | None, process_group: ProcessGroup | None
-) -> tuple[Tensor, ...]:
-    """The objective in plain tensor operations, differentiable any number of times."""
-    chosen = _log_ratio(group.policy_chosen, group.reference_chosen)
-    rejected = _log_ratio(group.policy_rejected, group.reference_rejected)
-    sft = recipe.sft_weight * _upcast(group.policy_chosen)
-    margins = {"sum": chosen - rejected}
-    if group.chosen_length is not None and group.rejected_length is not None:
-        mean_chosen = chosen / group.chosen_length.clamp_min(MIN_LENGTH)
-        mean_rejected = rejected / group.rejected_length.clamp_min(MIN_LENGTH)
-        margins["mean"] = mean_chosen - mean_rejected
-        if recipe.average_logps:
-            chosen, rejected, sft = (
-                mean_chosen,
-                mean_rejected,
-                sft / group.chosen_length.clamp_min(MIN_LENGTH),
-            )
-    psi = margins["mean" if recipe.average_logps else "sum"]
-
-    seen = torch.stack(
-        [margins[n.margin][k] if n.q is None else psi[k] for k, n in enumerate(group.negatives)]
-    )
-    means = torch.stack([seen.mean(-1), beta * psi.mean(-1)]).detach()
-    by_count = recipe.reduction == "mean"
-    means = mean_over_group(means, psi.shape[-1], by_count=by_count, process_group=process_group)
-    estimate = seen.detach() if recipe.reduction == "none" else means[0]
-    q = torch.stack([_q_of_negative(n, estimate[k]) for k, n in enumerate(group.negatives)])
-    if previous_q is not None:
-        q = torch.stack(
-            [
-                q[k] if n.q is not None else _smooth(q[k], previous_q[k], recipe.decay)
-                for k, n in enumerate(group.negatives)
-            ]
-        )
-    if recipe.weights == "dynamic":
-        weights = dynamic_weights(means[1])
-    else:
-        weights = torch.stack([torch.full_like(means[1, k], n.weight) for k, n in enumerate(group.negatives)])
-    losses = _box_cox(beta * psi, q if q.dim() == 2 else q[:, None])
-    losses = (weights[:, None] * losses).sum(0) - sft
-    return losses, (beta * chosen).detach(), (beta * rejected).detach(), q, weights
-
-
-def dynamic_weights(reward_margins: Tensor) -> Tensor:
-    """Each negative's share of the summed mean reward margins, floored at 0.01 — the published rule.
-
-    That rule is undefined when the margins sum to 0 or less, and runs away when they nearly cancel. Here a
-    negative margin counts as 0, which changes nothing while all are positive, and where none is positive the
-    negatives share equally.
-
-    Args:
-        reward_margins: ``β·mean ψ`` of each negative, ``[K]``.
-    """
-    gain = reward_margins.clamp_min(0.0)
-    total = gain.sum()
-    share = gain / torch.where(total > 0, total, 1.0)
-    return torch.where(total > 0, share, 1.0 / gain.numel()).clamp_min(WEIGHT_FLOOR)
-
-
-def _box_cox(x: Tensor, q: float | Tensor) -> Tensor:
-    """``(1 − σ(x)^q)/q`` without its pitfalls: exact at q = 0, no overflow and no NaN gradient at any x."""
-    log_p = F.logsigmoid(x)
-    if not isinstance(q, Tensor):
-        return -log_p if q == 0 else -torch.expm1(q * log_p) / q
-    q = q.detach().to(x.dtype)
-    q = torch.where((q >= 0) & (q <= 1), q, torch.nan)
-    # Both sides of `where` are differentiated, so neither may divide by zero.
-    return torch.where(q == 0, -log_p, -torch.expm1(q * log_p) / torch.where(q == 0, 1.0, q))
-
-
-def _q_of(margin: Tensor, alpha: float, bounds: tuple[float, float]) -> Tensor:
-    return (2 * torch.sigmoid(-alpha * margin)).clamp(*bounds)
-
-
-def _q_of_negative(negative: Negative, margin: Tensor) -> Tensor:
-    if negative.q is not None:
-        return torch.full_like(margin, negative.q)
-    return _q_of(margin, negative.alpha, Q_BOUNDS)
-
-
-def _smooth(q: Tensor, previous: float | Tensor | None, decay: float) -> Tensor:
-    return q if previous is None else decay * previous + (1 - decay) * q
-
-
-def _log_ratio(policy: Tensor, reference: Tensor | None) -> Tensor:
-    """``log π − log π_ref``, in float32 at least; no gradient flows into the reference."""
-    return _upcast(policy) if reference is None else _upcast(policy) - _upcast(reference.detach())
-
-
-def _upcast(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _previous(q: float | Tensor | None, group: Group) -> Tensor | None:
@@ -329,3 +228,34 @@ def _previous(q: float | Tensor | None, group: Group) -> Tensor | None:
     if q.shape not in ((K,), (K, B)):
         raise ValueError(f"previous_q must be the .q of the step before, [{K}], got shape {list(q.shape)}")
     return q
+
+
+def _can_fuse(group: Group, recipe: Recipe) -> bool:
+    """Whether the objective kernel does: a GPU with Triton, float32 or less, one q per kind of negative."""
+    x = group.policy_chosen
+    return x.is_cuda and x.dtype != torch.float64 and recipe.reduction != "none" and ops.has_triton()
+
+
+def _fused(
+    group: Group, beta: float, recipe: Recipe, previous_q: Tensor | None, process_group: ProcessGroup | None
+) -> tuple[Tensor, ...]:
+    """:func:`napo_loss.formulas.combine` in one launch, or in two around the all-reduce."""
+    negatives = group.negatives
+    settings = [
+        *(n.alpha for n in negatives),
+        *(float(n.margin == "mean") for n in negatives),
+        *(math.nan if n.q is None else n.q for n in negatives),
+        *(n.weight for n in negatives),
+    ]
+    scalars = [beta, recipe.sft_weight, recipe.decay]
+    logps = group[:6]
+    means = None
+    if process_group is not None:
+        means = ops.objective_means(*logps, settings, scalars, recipe.average_logps)
+        by_count = recipe.reduction == "mean"
+        means = mean_over_group(means, logps[1].shape[1], by_count=by_count, process_group=process_group)
+    outputs = ops.objective(
+        *logps, previous_q, means, settings, scalars, recipe.average_logps, recipe.weights == "dynamic"
+    )
+    losses, *rest = outputs[:5]
+    return losses, *(x.detach() for x in rest)

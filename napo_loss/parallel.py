@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def mean_over_group(
-    means: Tensor, count: int, *, by_count: bool, process_group: ProcessGroup | None
-) -> Tensor:
+def mean_over_group(means: Tensor, count: int, *, by_count: bool, process_group: ProcessGroup | None) -> Tensor:
     """The mean over ranks of each rank's ``means`` (a detached tensor), in one all-reduce.
 
     Args:

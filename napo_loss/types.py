@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 MIN_LENGTH = 1e-9
@@ -28,6 +29,51 @@ class SequenceLogps(NamedTuple):
     def mean(self) -> Tensor:
         """``sum / length``, and 0 for a sequence without an active position."""
         return self.sum / self.length.clamp_min(MIN_LENGTH)
+
+    def pairs(self, K: int = 1) -> tuple[SequenceLogps, SequenceLogps]:
+        """Splits a batch ordered ``[chosen; negative 1; …; negative K]``, the order of TRL's collators.
+
+        Args:
+            K: negatives per chosen; ``N`` must be a multiple of ``1 + K``.
+
+        Returns:
+            The chosen, ``[B]``, and the negatives, ``[B]`` for ``K = 1`` and ``[K, B]`` above. Views: nothing is
+            copied, and where the loss hands back one gradient for both, nothing is copied backward either.
+        """
+        N = self.sum.shape[0]
+        if self.sum.dim() != 1 or K < 1 or N % (1 + K):
+            raise ValueError(f"{list(self.sum.shape)} log-probs do not split into 1 chosen and K = {K} negatives")
+        chosen, rejected = _Pairs.apply(self.sum, K)
+        B = N // (1 + K)
+        lengths = self.length[B:] if K == 1 else self.length[B:].view(K, B)
+        return SequenceLogps(chosen, self.length[:B]), SequenceLogps(rejected, lengths)
+
+
+class _Pairs(torch.autograd.Function):
+    """``x [N]`` to views ``[B]`` and ``[K, B]``. Autograd's own slicing would launch kernels to add them up."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, K: int) -> tuple[Tensor, Tensor]:
+        B = x.shape[0] // (1 + K)
+        return x[:B], x[B:] if K == 1 else x[B:].view(K, B)
+
+    @staticmethod
+    def backward(ctx, grad_chosen: Tensor, grad_rejected: Tensor) -> tuple[Tensor, None]:
+        return join(grad_chosen, grad_rejected), None
+
+
+def join(first: Tensor, second: Tensor) -> Tensor:
+    """``first`` and then ``second``, flat; a view where they already lie so in one buffer."""
+    if (
+        not torch.compiler.is_compiling()
+        and first.is_contiguous()
+        and second.is_contiguous()
+        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        and first.storage_offset() + first.numel() == second.storage_offset()
+        and first.dtype == second.dtype
+    ):
+        return first.as_strided((first.numel() + second.numel(),), (1,))
+    return torch.cat([first.flatten(), second.flatten()])
 
 
 class PreferenceLoss(NamedTuple):
@@ -129,9 +175,7 @@ class Recipe:
         if self.weights not in ("fixed", "dynamic"):
             raise ValueError(f"Recipe.weights must be 'fixed' or 'dynamic', got {self.weights!r}")
         if self.reduction not in ("rank_mean", "mean", "none"):
-            raise ValueError(
-                f"Recipe.reduction must be 'rank_mean', 'mean' or 'none', got {self.reduction!r}"
-            )
+            raise ValueError(f"Recipe.reduction must be 'rank_mean', 'mean' or 'none', got {self.reduction!r}")
         if not self.sft_weight >= 0:
             raise ValueError(f"Recipe.sft_weight must be >= 0, got {self.sft_weight}")
         if not 0 <= self.decay < 1:

@@ -1,0 +1,107 @@
+"""Partial logsumexps to sequence log-probs: one program per sequence, always the same order of additions."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from napo_loss.kernels.launch import on_device
+
+BLOCK_T = 512
+
+
+@triton.jit
+def logps_reduce_kernel(
+    peak_ptr,  # [splits, N·T]
+    total_ptr,  # [splits, N·T]
+    target_ptr,  # [N·T]
+    labels_ptr,  # [N, T]
+    weights_ptr,  # [N, T] or unused
+    lse_ptr,  # [N, T] float32: logsumexp of each active row, 0 elsewhere
+    sum_ptr,  # [N] float32
+    length_ptr,  # [N] float32
+    labels_stride_n,
+    labels_stride_t,
+    weights_stride_n,
+    weights_stride_t,
+    T,
+    rows,
+    splits,
+    shift,
+    ignore_index,
+    HAS_WEIGHTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    sums = tl.zeros([BLOCK_T], tl.float32)
+    lengths = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        label_t = (t + shift).to(tl.int64)
+        label_ptr = labels_ptr + n * labels_stride_n + label_t * labels_stride_t
+        label = tl.load(label_ptr, mask=label_t < T, other=ignore_index)
+        active = label != ignore_index
+        row = n * T + t
+
+        peak = tl.full([BLOCK_T], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_T], tl.float32)
+        for split in range(0, splits):
+            at = split * rows.to(tl.int64) + row
+            part_peak = tl.load(peak_ptr + at, mask=active, other=float("-inf"))
+            part_total = tl.load(total_ptr + at, mask=active, other=0.0)
+            new_peak = tl.maximum(peak, part_peak)
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            total = total * tl.exp(peak - base) + part_total * tl.exp(part_peak - base)
+            peak = new_peak
+        lse = tl.where(active, peak + tl.log(tl.where(active, total, 1.0)), 0.0)
+        tl.store(lse_ptr + row, lse, mask=t < T)
+
+        weight = active.to(tl.float32)
+        if HAS_WEIGHTS:
+            weight_ptr = weights_ptr + n * weights_stride_n + label_t * weights_stride_t
+            weight = tl.load(weight_ptr, mask=active, other=0.0).to(tl.float32)
+        target = tl.load(target_ptr + row, mask=active, other=0.0)
+        sums += weight * (target - lse)
+        lengths += weight
+    tl.store(sum_ptr + n, tl.sum(sums, axis=0))
+    tl.store(length_ptr + n, tl.sum(lengths, axis=0))
+
+
+def logps_reduce(
+    partials: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    labels: torch.Tensor,
+    token_weights: torch.Tensor | None,
+    shift: int,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns ``sum [N]``, ``length [N]`` and ``lse [N, T]`` from what ``logps_forward`` left."""
+    peak, total, target = partials
+    N, T = labels.shape
+    lse = torch.empty((N, T), dtype=torch.float32, device=labels.device)
+    sums = torch.empty(N, dtype=torch.float32, device=labels.device)
+    lengths = torch.empty_like(sums)
+    weights = labels if token_weights is None else token_weights
+    with on_device(labels):
+        logps_reduce_kernel[(N,)](
+            peak,
+            total,
+            target,
+            labels,
+            weights,
+            lse,
+            sums,
+            lengths,
+            *labels.stride(),
+            *weights.stride(),
+            T,
+            N * T,
+            peak.shape[0],
+            shift,
+            ignore_index,
+            HAS_WEIGHTS=token_weights is not None,
+            BLOCK_T=min(BLOCK_T, triton.next_power_of_2(T)),
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return sums, lengths, lse

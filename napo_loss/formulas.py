@@ -1,0 +1,117 @@
+"""The formulas of the objective in plain tensor operations, float32 at least, on any device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from napo_loss.negatives import Group
+from napo_loss.parallel import mean_over_group
+from napo_loss.types import MIN_LENGTH, Negative, Recipe
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Q_BOUNDS = (0.001, 1.0)
+"""The published range of q."""
+
+MIN_Q = 1e-30
+"""Below this q·log p may be a float32 denormal; L_q there equals DPO to the last bit."""
+
+WEIGHT_FLOOR = 0.01
+"""The smallest share a negative keeps under dynamic weights."""
+
+
+def combine(
+    group: Group, beta: float, recipe: Recipe, previous_q: Tensor | None, process_group: ProcessGroup | None
+) -> tuple[Tensor, ...]:
+    """The objective in plain tensor operations, differentiable any number of times."""
+    chosen = log_ratio(group.policy_chosen, group.reference_chosen)
+    rejected = log_ratio(group.policy_rejected, group.reference_rejected)
+    sft = recipe.sft_weight * upcast(group.policy_chosen)
+    margins = {"sum": chosen - rejected}
+    if group.chosen_length is not None and group.rejected_length is not None:
+        mean_chosen = chosen / group.chosen_length.clamp_min(MIN_LENGTH)
+        mean_rejected = rejected / group.rejected_length.clamp_min(MIN_LENGTH)
+        margins["mean"] = mean_chosen - mean_rejected
+        if recipe.average_logps:
+            chosen, rejected, sft = (
+                mean_chosen,
+                mean_rejected,
+                sft / group.chosen_length.clamp_min(MIN_LENGTH),
+            )
+    psi = margins["mean" if recipe.average_logps else "sum"]
+
+    seen = torch.stack([margins[n.margin][k] if n.q is None else psi[k] for k, n in enumerate(group.negatives)])
+    means = torch.stack([seen.mean(-1), beta * psi.mean(-1)]).detach()
+    by_count = recipe.reduction == "mean"
+    means = mean_over_group(means, psi.shape[-1], by_count=by_count, process_group=process_group)
+    estimate = seen.detach() if recipe.reduction == "none" else means[0]
+    q = torch.stack([_q_of_negative(n, estimate[k]) for k, n in enumerate(group.negatives)])
+    if previous_q is not None:
+        q = torch.stack(
+            [
+                q[k] if n.q is not None else smooth(q[k], previous_q[k], recipe.decay)
+                for k, n in enumerate(group.negatives)
+            ]
+        )
+    if recipe.weights == "dynamic":
+        weights = dynamic_weights(means[1])
+    else:
+        weights = torch.stack([torch.full_like(means[1, k], n.weight) for k, n in enumerate(group.negatives)])
+    losses = box_cox(beta * psi, q if q.dim() == 2 else q[:, None])
+    losses = (weights[:, None] * losses).sum(0) - sft
+    return losses, (beta * chosen).detach(), (beta * rejected).detach(), q, weights
+
+
+def dynamic_weights(reward_margins: Tensor) -> Tensor:
+    """Each negative's share of the summed mean reward margins, floored at 0.01 — the published rule.
+
+    That rule is undefined when the margins sum to 0 or less, and runs away when they nearly cancel. Here a
+    negative margin counts as 0, which changes nothing while all are positive, and where none is positive the
+    negatives share equally.
+
+    Args:
+        reward_margins: ``β·mean ψ`` of each negative, ``[K]``.
+    """
+    gain = reward_margins.clamp_min(0.0)
+    total = gain.sum()
+    share = gain / torch.where(total > 0, total, 1.0)
+    return torch.where(total > 0, share, 1.0 / gain.numel()).clamp_min(WEIGHT_FLOOR)
+
+
+def box_cox(x: Tensor, q: float | Tensor) -> Tensor:
+    """``(1 − σ(x)^q)/q`` without its pitfalls: exact at q = 0, no overflow and no NaN gradient at any x."""
+    log_p = F.logsigmoid(x)
+    if not isinstance(q, Tensor):
+        return -log_p if q < MIN_Q else -torch.expm1(q * log_p) / q
+    q = q.detach().to(x.dtype)
+    q = torch.where((q >= 0) & (q <= 1), q, torch.nan)
+    # Both sides of `where` are differentiated, so neither may divide by zero.
+    return torch.where(q < MIN_Q, -log_p, -torch.expm1(q * log_p) / torch.where(q < MIN_Q, 1.0, q))
+
+
+def q_of(margin: Tensor, alpha: float, bounds: tuple[float, float]) -> Tensor:
+    return (2 * torch.sigmoid(-alpha * margin)).clamp(*bounds)
+
+
+def _q_of_negative(negative: Negative, margin: Tensor) -> Tensor:
+    if negative.q is not None:
+        return torch.full_like(margin, negative.q)
+    return q_of(margin, negative.alpha, Q_BOUNDS)
+
+
+def smooth(q: Tensor, previous: float | Tensor | None, decay: float) -> Tensor:
+    return q if previous is None else decay * previous + (1 - decay) * q
+
+
+def log_ratio(policy: Tensor, reference: Tensor | None) -> Tensor:
+    """``log π − log π_ref``, in float32 at least; no gradient flows into the reference."""
+    return upcast(policy) if reference is None else upcast(policy) - upcast(reference.detach())
+
+
+def upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

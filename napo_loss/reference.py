@@ -1,0 +1,60 @@
+"""The same contract, eager and obvious, in any dtype: the measuring stick, and a text to read beside the paper.
+
+Nothing here is fused, chunked or clever; every function is differentiable any number of times. Tests run it in
+float64 and compare everything else with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from napo_loss.types import SequenceLogps
+
+
+def sequence_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    shift: bool = True,
+    ignore_index: int = -100,
+) -> SequenceLogps:
+    """``sum_n = Σ_t w_nt·log softmax(x_nt)[y_nt]`` over active positions; see :func:`napo_loss.sequence_logps`.
+
+    Example:
+        >>> import torch
+        >>> from napo_loss.reference import sequence_logps
+        >>> sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 0]]))
+        SequenceLogps(sum=tensor([-2.7726]), length=tensor([2.]))
+    """
+    weights = torch.ones_like(labels, dtype=logits.dtype) if token_weights is None else token_weights
+    if shift:
+        logits, labels, weights = logits[:, :-1], labels[:, 1:], weights[:, 1:]
+    sums, lengths = [], []
+    for row, label, weight in zip(logits, labels, weights, strict=True):
+        active = label != ignore_index
+        target = label[active].long()
+        logps = row[active].log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
+        sums.append((weight[active] * logps).sum())
+        lengths.append(weight[active].sum())
+    return SequenceLogps(torch.stack(sums), torch.stack(lengths))
+
+
+def noise_level(margin: Tensor, alpha: float = 0.01, low: float = 0.001, high: float = 1.0) -> Tensor:
+    """``q = clamp(2·(1 − σ(α·m̄)), low, high)``."""
+    return (2 * (1 - torch.sigmoid(alpha * margin.detach().mean(-1)))).clamp(low, high)
+
+
+def noise_aware_dpo_loss(margin: Tensor, beta: float, q: float) -> Tensor:
+    """``(1 − σ(βψ)^q)/q``, and ``−log σ(βψ)`` for ``q = 0``: as printed in the paper.
+
+    Example:
+        >>> import torch
+        >>> from napo_loss.reference import noise_aware_dpo_loss
+        >>> noise_aware_dpo_loss(torch.zeros(1), beta=0.1, q=1.0)
+        tensor([0.5000])
+    """
+    if q == 0:
+        return -torch.nn.functional.logsigmoid(beta * margin)
+    return (1 - torch.sigmoid(beta * margin) ** q) / q
