@@ -8,11 +8,13 @@ then compiled ahead of time, so the table shows the very specialisations that a 
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,9 +150,7 @@ def _resource_usage(cubin: bytes) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True
-        ).stdout
+        text = subprocess.run([tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True).stdout
     return dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
 
 
@@ -165,9 +165,38 @@ def _amd_width(text: str, kind: str) -> int:
     return max((size for name in found for key, size in sizes.items() if name.startswith(key)), default=0)
 
 
-def reports(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[Report]:
-    for case, call in cases():
-        for launch in record(call):
-            for name in targets:
-                compiled = compile_launch(launch, TARGETS[name])
-                yield Report(launch.kernel.__name__, case, name, *inspect(compiled, TARGETS[name]))
+RESULTS = Path(__file__).parent / "results" / "static.csv"
+
+
+def faults(report: Report) -> str | None:
+    """What must never happen: a spill, or contiguous logits read or written in less than 16 bytes a lane."""
+    if report.spills:
+        return f"{report.spills} spilled"
+    wide = report.kernel.startswith(("logps_forward", "logps_backward")) and report.case.endswith(("50257", "128256"))
+    if wide and report.load_bytes < 16:
+        return f"loads {report.load_bytes} bytes at a time"
+    if wide and report.kernel.startswith("logps_backward") and report.store_bytes < 16:
+        return f"stores {report.store_bytes} bytes at a time"
+    return None
+
+
+def run_static(*, check: bool) -> int:
+    """Prints the table and writes the CSV, or only checks; returns the exit status."""
+    from tqdm import tqdm
+
+    calls = [launch for case, call in cases() for launch in ((case, one) for one in record(call))]
+    found = []
+    for (case, launch), target in tqdm(list(product(calls, TARGETS)), unit="kernel", disable=None):
+        compiled = compile_launch(launch, TARGETS[target])
+        found.append(Report(launch.kernel.__name__, case, target, *inspect(compiled, TARGETS[target])))
+    for row in (Report._fields, *found):
+        print(("{:22} {:24} {:8}" + " {:>11}" * 5).format(*map(str, row)))
+    bad = [f"{r.kernel} ({r.case}) on {r.target}: {fault}" for r in found if (fault := faults(r))]
+    print(f"{len(found)} kernels compiled by triton {triton.__version__}", *bad, sep="\n")
+    if not check:
+        RESULTS.parent.mkdir(exist_ok=True)
+        with RESULTS.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow([*Report._fields, "triton"])
+            writer.writerows([*r, triton.__version__] for r in found)
+    return 1 if bad else 0

@@ -45,9 +45,10 @@ def sequence_logps(
     inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``sum [N]``, ``length [N]``, ``lse [N, T]``; float32, or float64 for float64 logits."""
+    """``sum [N]``, ``length [N]`` and, for the kernels' backward, ``lse [N, T]``; float32 (float64 for float64)."""
     if not uses_triton(backend, logits):
-        return eager.logps_forward(logits, labels, token_weights, shift, ignore_index)
+        sums, lengths = eager.logps_forward(logits, labels, token_weights, shift, ignore_index)
+        return sums, lengths, sums.new_empty(0)
     from napo_loss.kernels.logps_forward import logps_forward
     from napo_loss.kernels.logps_reduce import logps_reduce
 
@@ -58,12 +59,8 @@ def sequence_logps(
 @sequence_logps.register_fake
 def _(logits, labels, token_weights, shift, ignore_index, inplace_backward, backend):
     N, T, _ = logits.shape
-    dtype = eager.accumulation_dtype(logits)
-    return (
-        logits.new_empty(N, dtype=dtype),
-        logits.new_empty(N, dtype=dtype),
-        logits.new_empty((N, T), dtype=dtype),
-    )
+    lse_shape = (N, T) if uses_triton(backend, logits) else (0,)
+    return tuple(logits.new_empty(x, dtype=eager.accumulation_dtype(logits)) for x in (N, N, lse_shape))
 
 
 @torch.library.custom_op("napo_loss::sequence_logps_backward", mutates_args=())
@@ -106,9 +103,10 @@ def sequence_logps_backward_(
 def _write_grad(grad_sum, logits, labels, token_weights, lse, grad, shift, ignore_index, backend):
     if uses_triton(backend, logits):
         from napo_loss.kernels.logps_backward import logps_backward
+
+        logps_backward(grad_sum, logits, labels, token_weights, lse, grad, shift, ignore_index)
     else:
-        logps_backward = eager.logps_backward
-    logps_backward(grad_sum, logits, labels, token_weights, lse, grad, shift, ignore_index)
+        eager.logps_backward(grad_sum, logits, labels, token_weights, grad, shift, ignore_index)
 
 
 def _setup_context(ctx, inputs, output):

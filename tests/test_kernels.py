@@ -1,0 +1,155 @@
+"""The kernels as kernels: the fused objective against the plain one, guard bands, launch choices, compiled code."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, objective, ops, sequence_logps
+from napo_loss.kernels.launch import MAX_BLOCK_V, logits_launch
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton.runtime.interpreter")
+
+
+def run_objective(monkeypatch, fused, dtype, pc, pr, refs, lengths, **kwargs):
+    """All outputs and both gradients, from the kernel or from plain tensor operations."""
+    monkeypatch.setattr(objective, "_can_fuse", lambda *_: fused)
+    pc, pr = pc.to(dtype).requires_grad_(), pr.to(dtype).requires_grad_()
+    refs = [None if x is None else x.to(dtype) for x in refs]
+    chosen, rejected = SequenceLogps(pc, lengths[0].to(dtype)), SequenceLogps(pr, lengths[1].to(dtype))
+    out = napo_loss(chosen, rejected, *refs, **kwargs)
+    upstream = torch.linspace(0.5, 2, pc.shape[0], dtype=out.losses.dtype)
+    out.losses.backward(upstream)
+    return [*out, out.q, out.weights, pc.grad, pr.grad]
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**31), K=st.sampled_from([None, 1, 3, 5]), B=st.sampled_from([1, 4, 37, 1500]),
+    has_reference=st.booleans(), average=st.booleans(), dynamic=st.booleans(), smooth=st.booleans(),
+    sft=st.sampled_from([0.0, 0.3]), scale=st.sampled_from([1.0, 30.0, 1e4]),
+)  # fmt: skip
+def test_fused_objective_is_the_plain_one(seed, K, B, has_reference, average, dynamic, smooth, sft, scale):
+    g = torch.Generator().manual_seed(seed)
+    rows = (B,) if K is None else (K, B)
+    pc, pr = scale * torch.randn(B, generator=g), scale * torch.randn(rows, generator=g)
+    refs = (scale * torch.randn(B, generator=g), scale * torch.randn(rows, generator=g))
+    lengths = (torch.randint(1, 9, (B,), generator=g), torch.randint(1, 9, rows, generator=g))
+    fixed = [None, 0.0, None, 1.0, 0.3]
+    negatives = {
+        str(k): Negative(alpha=[0.01, 0.5][k % 2], margin=("sum", "mean")[k % 2], q=fixed[k], weight=0.2 + 0.1 * k)
+        for k in range(K or 1)
+    }
+    recipe = Recipe(
+        negatives, weights="dynamic" if dynamic else "fixed", average_logps=average, sft_weight=sft, decay=0.5
+    )
+    kwargs = {"recipe": recipe, "previous_q": torch.full((K or 1,), 0.7) if smooth else None}
+    args = (pc, pr, refs if has_reference else (None, None), lengths)
+    with pytest.MonkeyPatch.context() as patch:
+        exact = run_objective(patch, False, torch.float64, *args, **kwargs)
+        plain = run_objective(patch, False, torch.float32, *args, **kwargs)
+        fused = run_objective(patch, True, torch.float32, *args, **kwargs)
+    for a, b, c in zip(exact, plain, fused, strict=True):
+        assert a.shape == b.shape == c.shape
+        size = a.abs().max() + 1e-3
+        assert (c - a).abs().max() / size <= 3 * (b - a).abs().max() / size + 3e-6
+
+
+def test_fused_objective_meets_nan_as_the_plain_one(monkeypatch):
+    pc = torch.tensor([float("nan"), -3.0])
+    args = (pc, torch.zeros(2), (torch.zeros(2), torch.zeros(2)), (torch.ones(2), torch.ones(2)))
+    for fused in (False, True):
+        losses, *_, q, _, _, _ = run_objective(monkeypatch, fused, torch.float32, *args)
+        assert losses.isnan().all()  # one q for the batch: what it was read from is lost for all
+        assert q.isnan()
+
+
+def test_fused_objective_in_two_halves(monkeypatch):
+    """Around an all-reduce the same kernel runs twice; with one rank that changes nothing."""
+    monkeypatch.setattr(objective, "_can_fuse", lambda *_: True)
+    pc, pr = -20 * torch.rand(5), -20 * torch.rand(3, 5)
+    whole = napo_loss(pc, pr, None, None)
+    monkeypatch.setattr(objective, "mean_over_group", lambda means, *_, **__: means)
+    halves = napo_loss(pc, pr, None, None, process_group="a group of one")
+    assert torch.equal(whole.losses, halves.losses)
+    assert torch.equal(whole.q, halves.q)
+
+
+@pytest.fixture
+def guard_bands(monkeypatch):
+    """Every buffer that a launcher allocates gets 64 sentinels on both sides, checked at the end."""
+    empty, buffers = torch.empty, []
+
+    def guarded(*size, **kwargs):
+        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        buffer = empty(shape.numel() + 128, **kwargs).fill_(7)
+        buffers.append(buffer)
+        return buffer[64 : 64 + shape.numel()].view(shape)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **kw: guarded(x.shape, dtype=x.dtype, device=x.device, **kw))
+    yield buffers
+    monkeypatch.undo()
+    assert len(buffers) > 0
+    for buffer in buffers:
+        assert (buffer[:64] == 7).all()
+        assert (buffer[-64:] == 7).all()
+
+
+@pytest.mark.parametrize("V", [1, 50, 9001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_kernels_stay_inside_their_buffers(guard_bands, V, dtype):
+    labels = torch.randint(0, V, (3, 7))
+    labels[0, :4] = -100
+    args = (torch.randn(3, 7, V).to(dtype), labels, torch.rand(3, 7))
+    _, _, lse = ops.sequence_logps(*args, 1, -100, False, "triton")
+    ops.sequence_logps_backward(torch.ones(3), *args, lse, 1, -100, "triton")
+    assert len(guard_bands) == 7
+
+
+@pytest.mark.parametrize(("K", "B"), [(1, 1), (3, 5), (5, 1100)])
+def test_objective_kernel_stays_inside_its_buffers(guard_bands, K, B):
+    logps = (torch.randn(B), torch.randn(K, B)) * 2 + (torch.ones(B), torch.ones(K, B))
+    settings = [0.01] * K + [0.0] * K + [float("nan")] * K + [1.0] * K
+    ops.objective(*logps, None, None, settings, [0.1, 0.0, 0.0], True, True)
+    assert len(guard_bands) == 7
+
+
+@given(st.integers(1, 10**6), st.integers(1, 300_000), st.sampled_from([2, 4]), st.booleans())
+def test_launches_cover_every_row(rows, V, itemsize, aligned):
+    launch = logits_launch(rows, V, itemsize, aligned=aligned)
+    assert launch.chunk % launch.block_v == 0
+    assert launch.chunk * launch.splits >= V + launch.align - 1
+    assert launch.chunk * (launch.splits - 1) < V + launch.align - 1  # no program without work
+    assert launch.block_v <= MAX_BLOCK_V
+    assert launch.num_warps in (1, 2, 4, 8)
+    assert launch.align == (16 // itemsize if aligned else 1)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 100_000])
+def test_one_row_is_split_and_many_are_not(rows):
+    splits = logits_launch(rows, 128256, 2, aligned=True).splits
+    assert splits == (16 if rows <= 64 else 1)
+
+
+def test_split_rows_give_the_same_sums():
+    labels = torch.zeros(1, 2, dtype=torch.long)
+    logits = torch.randn(1, 2, 20_000)
+    assert logits_launch(2, 20_000, 4, aligned=True).splits > 1
+    kernel, plain = (sequence_logps(logits, labels, backend=b).sum for b in ("triton", "eager"))
+    torch.testing.assert_close(kernel, plain, rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_for_every_target_without_spills():
+    """Real machine code for every architecture, in a process where nothing is interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    command = [sys.executable, "-m", "benchmarks", "static", "--check"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for target in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950"):
+        assert target in done.stdout

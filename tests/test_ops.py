@@ -1,0 +1,151 @@
+"""The operators inside PyTorch: opcheck, torch.compile, autocast, no_grad, double backward, process groups."""
+
+import datetime
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.library import opcheck
+
+from napo_loss import Recipe, SequenceLogps, napo_loss, noise_level, objective, ops, sequence_logps
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton.runtime.interpreter"),
+    # Raised inside torch's own compiler stack and profiler, whatever is compiled.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.*LeafSpec:FutureWarning"),
+]
+
+
+def example(requires_grad=True):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 5, 33, requires_grad=requires_grad)
+    labels = torch.randint(0, 33, (4, 5))
+    labels[:, :2] = -100
+    return logits, labels
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_opcheck_sequence_logps(backend, weighted):
+    logits, labels = example()
+    weights = torch.rand(4, 5) if weighted else None
+    opcheck(ops.sequence_logps, (logits, labels, weights, 1, -100, False, backend))
+    lse = ops.sequence_logps(logits, labels, weights, 1, -100, False, backend)[2].detach()
+    args = (torch.ones(4), logits.detach(), labels, weights, lse, 1, -100, backend)
+    opcheck(ops.sequence_logps_backward, args)
+    opcheck(ops.sequence_logps_backward_, args)
+
+
+def test_opcheck_objective():
+    torch.manual_seed(0)
+    logps = [torch.randn(4, requires_grad=True), torch.randn(2, 4, requires_grad=True)]
+    rest = [torch.zeros(4), torch.zeros(2, 4), torch.ones(4), torch.ones(2, 4)]
+    settings, scalars = [0.01, 0.5, 0.0, 1.0, float("nan"), 0.2, 1.0, 1.0], [0.1, 0.0, 0.0]
+    opcheck(ops.objective, (*logps, *rest, None, None, settings, scalars, False, False))
+    opcheck(ops.objective_means, (*(x.detach() for x in logps), *rest, settings, scalars, False))
+    opcheck(ops.objective_backward, (torch.rand(3, 4), torch.rand(4)))
+
+
+def step(logits, labels, backend="eager"):
+    chosen, rejected = sequence_logps(logits, labels, backend=backend).pairs()
+    out = napo_loss(chosen, rejected, torch.zeros(2), torch.zeros(2))
+    return out.losses.mean(), out.q
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiles_as_one_graph(backend, fused, monkeypatch):
+    monkeypatch.setattr(objective, "_can_fuse", lambda *_: fused)
+    torch._dynamo.reset()
+    logits, labels = example()
+    eager_loss, eager_q = step(logits, labels, backend)
+    (eager_grad,) = torch.autograd.grad(eager_loss, logits)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    loss, q = compiled(logits, labels, backend)
+    (grad,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(loss, eager_loss)
+    torch.testing.assert_close(q, eager_q)
+    torch.testing.assert_close(grad, eager_grad)
+
+
+def test_does_not_recompile_for_new_batch_sizes_forever():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(lambda x, y: sequence_logps(x, y).sum, fullgraph=True, backend=counter)
+    for T in range(3, 9):
+        compiled(torch.randn(2, T, 7), torch.zeros(2, T, dtype=torch.long))
+    assert counter.frame_count <= 2  # once static, once with dynamic shapes
+
+
+def test_autocast_and_no_grad():
+    logits, labels = example()
+    plain = sequence_logps(logits, labels).sum
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = sequence_logps(logits, labels)
+        assert out.sum.dtype == torch.float32
+        assert napo_loss(*out.pairs(), None, None).losses.dtype == torch.float32
+        half = sequence_logps(logits @ torch.eye(33), labels).sum  # logits that autocast made bf16
+    torch.testing.assert_close(out.sum, plain)
+    torch.testing.assert_close(half, plain, rtol=1e-2, atol=1e-2)
+    with torch.no_grad():
+        assert not sequence_logps(logits, labels).sum.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_double_backward_is_a_clear_error(backend):
+    logits, labels = example()
+    (grad,) = torch.autograd.grad(sequence_logps(logits, labels, backend=backend).sum.sum(), logits, create_graph=True)
+    with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
+        grad.sum().backward()
+
+
+def test_double_backward_of_the_fused_objective_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(objective, "_can_fuse", lambda *_: True)
+    pc = torch.zeros(2, requires_grad=True)
+    losses = napo_loss(pc, torch.zeros(2), None, None).losses
+    (grad,) = torch.autograd.grad(losses.sum(), pc, create_graph=True)
+    with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
+        grad.sum().backward()
+
+
+def test_one_buffer_goes_back_from_the_objective_to_the_logits(monkeypatch):
+    """From the fused objective, pairs() hands its gradient on without a copy: that keeps backward at two launches."""
+    monkeypatch.setattr(objective, "_can_fuse", lambda *_: True)
+    seen = []
+    flat = torch.randn(8, requires_grad=True)
+    flat.register_hook(lambda g: seen.append(g))
+    written = []
+    scale = ops.objective_backward
+    monkeypatch.setattr(ops, "objective_backward", lambda *a: written.append(scale(*a)) or written[-1])
+    napo_loss(*SequenceLogps(flat, torch.ones(8)).pairs(3), None, None).losses.sum().backward()
+    assert seen[0].data_ptr() == written[0].data_ptr()
+    torch.testing.assert_close(flat.grad.view(4, 2), written[0])
+
+
+def in_group(rank, size, path, fused):
+    """One rank of a gloo group: two batches of unequal size, the same q and weights everywhere."""
+    store = dist.FileStore(path, size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60))
+    objective._can_fuse = lambda *_: fused
+    g = torch.Generator().manual_seed(0)
+    margins = [100 * torch.rand(3, B, generator=g) for B in (2, 5)]
+    mine, zeros = margins[rank], torch.zeros(margins[rank].shape[1])
+    group = dist.group.WORLD
+    means = torch.stack([m.mean(1) for m in margins]).mean(0)
+    expected = (2 * torch.sigmoid(-0.01 * means)).clamp(0.001, 1)
+    torch.testing.assert_close(noise_level(mine, process_group=group), expected)
+    out = napo_loss(zeros, -mine, None, None, recipe=Recipe(weights="dynamic"), process_group=group)
+    torch.testing.assert_close(out.q, expected)
+    torch.testing.assert_close(out.weights, means / means.sum())
+    pooled = (2 * torch.sigmoid(-0.01 * torch.cat(margins, 1).mean(1))).clamp(0.001, 1)
+    by_count = napo_loss(zeros, -mine, None, None, recipe=Recipe(reduction="mean"), process_group=group)
+    torch.testing.assert_close(by_count.q, pooled)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_q_is_the_mean_of_the_ranks_means(fused):
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(in_group, (2, f"{folder}/store", fused), nprocs=2)
