@@ -64,7 +64,8 @@ def measure(step: Callable[[], object]) -> tuple[list[float], int]:
         torch.cuda.reset_peak_memory_stats()
         step()
         extra = torch.cuda.max_memory_allocated() - before
-        return list(triton.testing.do_bench(step, rep=500, quantiles=[0.2, 0.5, 0.8])), extra
+        p20, p50, p80 = triton.testing.do_bench(step, rep=500, quantiles=[0.2, 0.5, 0.8])  # pyright: ignore
+        return [p20, p50, p80], extra
     times, deadline = [], time.perf_counter() + SECONDS
     while len(times) < 3 or time.perf_counter() < deadline:
         start = time.perf_counter()

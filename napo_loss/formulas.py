@@ -34,34 +34,25 @@ def combine(
     sft = recipe.sft_weight * upcast(group.policy_chosen)
     margins = {"sum": chosen - rejected}
     if group.chosen_length is not None and group.rejected_length is not None:
-        mean_chosen = chosen / group.chosen_length.clamp_min(MIN_LENGTH)
-        mean_rejected = rejected / group.rejected_length.clamp_min(MIN_LENGTH)
-        margins["mean"] = mean_chosen - mean_rejected
+        chosen_length = group.chosen_length.clamp_min(MIN_LENGTH)
+        rejected_length = group.rejected_length.clamp_min(MIN_LENGTH)
+        margins["mean"] = chosen / chosen_length - rejected / rejected_length
         if recipe.average_logps:
-            chosen, rejected, sft = (
-                mean_chosen,
-                mean_rejected,
-                sft / group.chosen_length.clamp_min(MIN_LENGTH),
-            )
+            chosen, rejected, sft = chosen / chosen_length, rejected / rejected_length, sft / chosen_length
     psi = margins["mean" if recipe.average_logps else "sum"]
 
-    seen = torch.stack([margins[n.margin][k] if n.q is None else psi[k] for k, n in enumerate(group.negatives)])
+    negatives = list(enumerate(group.negatives))
+    seen = torch.stack([margins[n.margin][k] if n.q is None else psi[k] for k, n in negatives])
     means = torch.stack([seen.mean(-1), beta * psi.mean(-1)]).detach()
     by_count = recipe.reduction == "mean"
     means = mean_over_group(means, psi.shape[-1], by_count=by_count, process_group=process_group)
     estimate = seen.detach() if recipe.reduction == "none" else means[0]
-    q = torch.stack([_q_of_negative(n, estimate[k]) for k, n in enumerate(group.negatives)])
-    if previous_q is not None:
-        q = torch.stack(
-            [
-                q[k] if n.q is not None else smooth(q[k], previous_q[k], recipe.decay)
-                for k, n in enumerate(group.negatives)
-            ]
-        )
+    previous = [None] * len(negatives) if previous_q is None else previous_q
+    q = torch.stack([_q_of_negative(n, estimate[k], previous[k], recipe.decay) for k, n in negatives])
     if recipe.weights == "dynamic":
         weights = dynamic_weights(means[1])
     else:
-        weights = torch.stack([torch.full_like(means[1, k], n.weight) for k, n in enumerate(group.negatives)])
+        weights = torch.stack([torch.full_like(means[1, k], n.weight) for k, n in negatives])
     losses = box_cox(beta * psi, q if q.dim() == 2 else q[:, None])
     losses = (weights[:, None] * losses).sum(0) - sft
     return losses, (beta * chosen).detach(), (beta * rejected).detach(), q, weights
@@ -98,10 +89,10 @@ def q_of(margin: Tensor, alpha: float, bounds: tuple[float, float]) -> Tensor:
     return (2 * torch.sigmoid(-alpha * margin)).clamp(*bounds)
 
 
-def _q_of_negative(negative: Negative, margin: Tensor) -> Tensor:
+def _q_of_negative(negative: Negative, margin: Tensor, previous: Tensor | None, decay: float) -> Tensor:
     if negative.q is not None:
         return torch.full_like(margin, negative.q)
-    return q_of(margin, negative.alpha, Q_BOUNDS)
+    return smooth(q_of(margin, negative.alpha, Q_BOUNDS), previous, decay)
 
 
 def smooth(q: Tensor, previous: float | Tensor | None, decay: float) -> Tensor:

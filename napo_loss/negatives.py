@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -44,8 +45,8 @@ def pack(
         )
     chosen, chosen_length = _split(policy_chosen)
     rejected, rejected_length = _stack("policy_rejected_logps", policy_rejected)
-    ref_chosen, _ = _split(reference_chosen)
-    ref_rejected, _ = _stack("reference_rejected_logps", reference_rejected)
+    ref_chosen = None if reference_chosen is None else _split(reference_chosen)[0]
+    ref_rejected = None if reference_rejected is None else _stack("reference_rejected_logps", reference_rejected)[0]
     check_logps(chosen, rejected, ref_chosen, ref_rejected)
 
     stacked = rejected.dim() == 2
@@ -66,6 +67,16 @@ def pack(
     return Group(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length, negatives, stacked)
 
 
+def flat_settings(negatives: tuple[Negative, ...]) -> list[float]:
+    """``[4, K]`` flat, as the objective kernel reads them: α, whether q reads means, fixed q or NaN, weight."""
+    return [
+        *(n.alpha for n in negatives),
+        *(float(n.margin == "mean") for n in negatives),
+        *(math.nan if n.q is None else n.q for n in negatives),
+        *(n.weight for n in negatives),
+    ]
+
+
 def _row(x: Tensor | None) -> Tensor | None:
     return None if x is None else x[None]
 
@@ -74,20 +85,21 @@ def _names(logps: object) -> list[str] | None:
     return list(logps) if isinstance(logps, Mapping) else None
 
 
-def _split(logps: Logps | None) -> tuple[Tensor | None, Tensor | None]:
+def _split(logps: Logps) -> tuple[Tensor, Tensor | None]:
     return (logps.sum, logps.length) if isinstance(logps, SequenceLogps) else (logps, None)
 
 
-def _stack(name: str, logps: Logps | Mapping[str, Logps] | None) -> tuple[Tensor | None, Tensor | None]:
+def _stack(name: str, logps: Logps | Mapping[str, Logps]) -> tuple[Tensor, Tensor | None]:
     if not isinstance(logps, Mapping):
         return _split(logps)
     if not logps:
         raise ValueError(f"{name} is an empty mapping: at least one negative is needed")
-    sums, lengths = zip(*map(_split, logps.values()), strict=True)
+    sums, found = zip(*map(_split, logps.values()), strict=True)
     shapes = {key: list(x.shape) for key, x in zip(logps, sums, strict=True)}
     if len({tuple(shape) for shape in shapes.values()}) > 1 or len(next(iter(shapes.values()))) != 1:
         raise ValueError(f"every negative in {name} must have shape [B], got {shapes}")
-    return torch.stack(sums), None if any(x is None for x in lengths) else torch.stack(lengths)
+    lengths = [x for x in found if x is not None]
+    return torch.stack(sums), torch.stack(lengths) if len(lengths) == len(sums) else None
 
 
 def _settings(recipe: Recipe, names: list[str] | None, K: int) -> tuple[Negative, ...]:

@@ -10,7 +10,6 @@ arXiv:2503.17928.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from napo_loss import ops
 from napo_loss.checks import check_estimator, check_logps, check_margin, check_positive, check_q
 from napo_loss.formulas import Q_BOUNDS, box_cox, combine, log_ratio, q_of, smooth, upcast
-from napo_loss.negatives import Group, Logps, pack
+from napo_loss.negatives import Group, Logps, flat_settings, pack
 from napo_loss.parallel import mean_over_group
 from napo_loss.types import NaPOLoss, PreferenceLoss, Recipe
 
@@ -199,9 +198,8 @@ def napo_loss(
         tensor(0.9003)
 
     Note:
-        On a GPU with Triton this is one kernel launch forward (two with a process group) and one
-        elementwise launch backward, without a host sync. Negatives given as a mapping of separate tensors
-        cost one more launch, to stack them; rows of one ``[K, B]`` tensor do not.
+        On a GPU with Triton: one launch forward (two around the all-reduce of a process group), one backward,
+        no host sync. A mapping of separate tensors costs one more launch, to stack them.
 
     Source:
         arXiv:2503.17928 and its published code (β, α, weights, bounds, the SFT term).
@@ -223,11 +221,11 @@ def _previous(q: float | Tensor | None, group: Group) -> Tensor | None:
         return None
     K, B = group.policy_rejected.shape
     q = torch.as_tensor(q, dtype=torch.float32, device=group.policy_rejected.device).detach()
-    if not group.stacked and q.dim() < 2:
-        q = q.reshape(1, -1) if q.shape == (B,) and B > 1 else q.reshape(-1)
-    if q.shape not in ((K,), (K, B)):
-        raise ValueError(f"previous_q must be the .q of the step before, [{K}], got shape {list(q.shape)}")
-    return q
+    row = q if group.stacked else q[None]
+    if row.shape not in ((K,), (K, B)):
+        expected = f"[{K}]" if group.stacked else "a scalar"
+        raise ValueError(f"previous_q must be the .q of the step before, {expected}, got shape {list(q.shape)}")
+    return row
 
 
 def _can_fuse(group: Group, recipe: Recipe) -> bool:
@@ -240,22 +238,13 @@ def _fused(
     group: Group, beta: float, recipe: Recipe, previous_q: Tensor | None, process_group: ProcessGroup | None
 ) -> tuple[Tensor, ...]:
     """:func:`napo_loss.formulas.combine` in one launch, or in two around the all-reduce."""
-    negatives = group.negatives
-    settings = [
-        *(n.alpha for n in negatives),
-        *(float(n.margin == "mean") for n in negatives),
-        *(math.nan if n.q is None else n.q for n in negatives),
-        *(n.weight for n in negatives),
-    ]
+    logps, settings = group[:6], flat_settings(group.negatives)
     scalars = [beta, recipe.sft_weight, recipe.decay]
-    logps = group[:6]
+    average, dynamic = recipe.average_logps, recipe.weights == "dynamic"
     means = None
     if process_group is not None:
-        means = ops.objective_means(*logps, settings, scalars, recipe.average_logps)
+        means = ops.objective_means(*logps, settings, scalars, average)
         by_count = recipe.reduction == "mean"
         means = mean_over_group(means, logps[1].shape[1], by_count=by_count, process_group=process_group)
-    outputs = ops.objective(
-        *logps, previous_q, means, settings, scalars, recipe.average_logps, recipe.weights == "dynamic"
-    )
-    losses, *rest = outputs[:5]
-    return losses, *(x.detach() for x in rest)
+    losses, *rest = ops.objective(*logps, previous_q, means, settings, scalars, average, dynamic)
+    return losses, *(x.detach() for x in rest[:4])

@@ -147,13 +147,12 @@ def _settings(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def _launch_objective(logps, previous_q, means, settings, scalars, *, average, dynamic, compute_loss):
+def _launch_objective(logps, previous_q, means, settings, scalars, switches):
     from napo_loss.kernels.objective import Constants, objective
 
     K = logps[1].shape[0]
     values = _settings(tuple(settings), logps[0].device).view(4, K)
     constants = Constants(*formulas.Q_BOUNDS, formulas.MIN_Q, formulas.WEIGHT_FLOOR, MIN_LENGTH)
-    switches = {"AVERAGE": average, "DYNAMIC": dynamic, "COMPUTE_LOSS": compute_loss}
     return objective(logps, values, previous_q, means, tuple(scalars), constants, switches=switches)
 
 
@@ -171,16 +170,10 @@ def objective_means(
 ) -> Tensor:
     """``[2, K]``: the mean margin behind q and the mean reward margin, for an all-reduce between the two halves."""
     logps = (
-        policy_chosen,
-        policy_rejected,
-        reference_chosen,
-        reference_rejected,
-        chosen_length,
-        rejected_length,
-    )
-    return _launch_objective(logps, None, None, settings, scalars, average=average, dynamic=False, compute_loss=False)[
-        0
-    ]
+        policy_chosen, policy_rejected, reference_chosen, reference_rejected, chosen_length, rejected_length
+    )  # fmt: skip
+    switches = {"AVERAGE": average, "DYNAMIC": False, "COMPUTE_LOSS": False}
+    return _launch_objective(logps, None, None, settings, scalars, switches)[0]
 
 
 @objective_means.register_fake
@@ -205,20 +198,15 @@ def objective(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses ``[B]``, rewards ``[B]`` and ``[K, B]``, q ``[K]``, weights ``[K]``, and ``grads [1 + K, B]``.
 
-    ``settings`` is ``[4, K]`` flat: α, whether q reads per-token means, fixed q or NaN, weight.
-    ``scalars``: β, SFT weight, decay.
+    ``settings``: see :func:`napo_loss.negatives.flat_settings`. ``scalars``: β, SFT weight, decay.
     """
     logps = (
-        policy_chosen,
-        policy_rejected,
-        reference_chosen,
-        reference_rejected,
-        chosen_length,
-        rejected_length,
-    )
-    return _launch_objective(
-        logps, previous_q, means, settings, scalars, average=average, dynamic=dynamic, compute_loss=True
-    )[1:]
+        policy_chosen, policy_rejected, reference_chosen, reference_rejected, chosen_length, rejected_length
+    )  # fmt: skip
+    switches = {"AVERAGE": average, "DYNAMIC": dynamic, "COMPUTE_LOSS": True}
+    _, *outputs = _launch_objective(logps, previous_q, means, settings, scalars, switches)
+    losses, chosen_rewards, rejected_rewards, q, weights, grads = outputs
+    return losses, chosen_rewards, rejected_rewards, q, weights, grads
 
 
 @objective.register_fake

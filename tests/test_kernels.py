@@ -47,7 +47,7 @@ def test_fused_objective_is_the_plain_one(seed, K, B, has_reference, average, dy
     recipe = Recipe(
         negatives, weights="dynamic" if dynamic else "fixed", average_logps=average, sft_weight=sft, decay=0.5
     )
-    kwargs = {"recipe": recipe, "previous_q": torch.full((K or 1,), 0.7) if smooth else None}
+    kwargs = {"recipe": recipe, "previous_q": torch.full(() if K is None else (K,), 0.7) if smooth else None}
     args = (pc, pr, refs if has_reference else (None, None), lengths)
     with pytest.MonkeyPatch.context() as patch:
         exact = run_objective(patch, False, torch.float64, *args, **kwargs)

@@ -1,0 +1,35 @@
+# make demo   environment + the main job: debias a small vision-language model on real images
+# make test   environment + all tests
+# make lint   environment + ruff, pyright
+# make bench  environment + the benchmarks of this machine
+#
+# Each installs what it needs into .venv, from pyproject.toml with the versions tested in constraints.txt. To use an
+# environment that you have (CUDA torch, say), name its interpreter: make test PYTHON=$(which python) VENV=
+VENV := .venv
+BASE_PYTHON := python3
+PYTHON := $(if $(VENV),$(VENV)/bin/python,$(BASE_PYTHON))
+
+.PHONY: demo test lint bench
+demo: $(if $(VENV),$(VENV)/.demo)
+	$(PYTHON) examples/demo.py
+
+test: $(if $(VENV),$(VENV)/.test)
+	$(PYTHON) -m pytest -n auto
+
+lint: $(if $(VENV),$(VENV)/.dev)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright --pythonpath $(PYTHON)
+
+bench: $(if $(VENV),$(VENV)/.bench)
+	$(PYTHON) -m benchmarks static
+	$(PYTHON) -m benchmarks logits
+
+$(VENV)/bin/python:
+	$(BASE_PYTHON) -m venv $(VENV)
+	$@ -m pip install --quiet --upgrade pip
+
+# One stamp per extra, so that `make demo` does not install the test tools.
+$(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
