@@ -102,16 +102,21 @@ def _stack(name: str, logps: Logps | Mapping[str, Logps]) -> tuple[Tensor, Tenso
     return torch.stack(sums), torch.stack(lengths) if len(lengths) == len(sums) else None
 
 
+def default_negatives(names: list[str] | None, K: int) -> tuple[Negative, ...]:
+    """The published settings for the paper's three names; otherwise the published ones by name, weighted equally."""
+    if names is None or names == ["rejected"]:
+        return (Negative(weight=1 / K),) * K
+    if set(names) == set(PAPER_NEGATIVES):
+        return tuple(PAPER_NEGATIVES[name] for name in names)
+    return tuple(replace(PAPER_NEGATIVES.get(name, Negative()), weight=1 / K) for name in names)
+
+
 def _settings(recipe: Recipe, names: list[str] | None, K: int) -> tuple[Negative, ...]:
     given = recipe.negatives
     if isinstance(given, Negative):
         return (given,) * K
     if given is None:
-        if names is None or names == ["rejected"]:
-            return (Negative(weight=1 / K),) * K
-        if set(names) == set(PAPER_NEGATIVES):
-            return tuple(PAPER_NEGATIVES[name] for name in names)
-        return tuple(replace(PAPER_NEGATIVES.get(name, Negative()), weight=1 / K) for name in names)
+        return default_negatives(names, K)
     if names is None:
         if len(given) != K:
             raise ValueError(

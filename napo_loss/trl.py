@@ -1,0 +1,205 @@
+"""NaPO in TRL: ``NaPOTrainer``; its arguments are in ``trl_config``, its batches in ``trl_data``.
+
+    from napo_loss.trl import NaPOConfig, NaPOTrainer
+
+    trainer = NaPOTrainer(model, args=NaPOConfig(output_dir="out"), train_dataset=pairs)
+    trainer.train()
+
+Written for TRL 1.16. What TRL does well stays TRL's: preparing data, the reference model, the fused head that turns
+hidden states into token log-probs without storing logits. The loss is ours.
+"""
+# transformers types its trainer's model and its batches too loosely to follow:
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+
+try:
+    from datasets import Dataset
+    from trl.trainer.dpo_trainer import DPOTrainer
+except ImportError as error:
+    raise ImportError('napo_loss.trl needs TRL: pip install "napo-loss[trl]"') from error
+
+from napo_loss.objective import napo_loss
+from napo_loss.trl_config import NaPOConfig
+from napo_loss.trl_data import GroupCollator, negative_columns, reference_column, tokenize_negative
+from napo_loss.types import SequenceLogps
+
+__all__ = ["NaPOConfig", "NaPOTrainer"]
+
+STATE_FILE = "napo_state.json"
+
+
+class NaPOTrainer(DPOTrainer):
+    """TRL's ``DPOTrainer`` with the NaPO loss and any number of negatives per prompt.
+
+    The dataset has ``prompt``, ``chosen``, ``rejected`` and, for more negatives, further columns in the format of
+    ``rejected`` (see :class:`NaPOConfig`). The chosen and its negatives are one forward pass. A ``data_collator`` of
+    your own must give ``[chosen; negative 1; …; negative K]``.
+
+    Logged beside TRL's metrics, for every negative: ``rewards/<name>``, ``rewards/margins/<name>``,
+    ``rewards/accuracies/<name>``, ``logps/<name>``, ``napo/q/<name>`` and ``napo/weight/<name>``. TRL's own
+    ``rewards/margins``, ``rewards/accuracies`` and ``logits/rejected`` are means over all negatives.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "dpo", "napo"]
+    _name = "NaPO"
+
+    def __init__(self, model, ref_model=None, args: NaPOConfig | None = None, **kwargs):
+        args = args or NaPOConfig("napo")
+        if not isinstance(args, NaPOConfig):
+            raise TypeError(f"args must be a NaPOConfig, got {type(args).__name__}")
+        dataset = kwargs.get("train_dataset")
+        if dataset is None:
+            raise ValueError("`train_dataset` is required")
+        if kwargs.get("data_collator") is not None and args.precompute_ref_log_probs:
+            raise ValueError("precompute_ref_log_probs=True needs the trainer's own data_collator, not one of yours")
+        self.negatives = negative_columns(next(iter(dataset)), args.negatives)
+        self.recipe = args.recipe(self.negatives)
+        self.q: torch.Tensor | None = None  # of the training step before
+        super().__init__(model, ref_model, args, **kwargs)
+        if kwargs.get("data_collator") is None:
+            suffix = "" if self._is_vision_dataset else "_ids"
+            self.data_collator = GroupCollator(self.data_collator, self.negatives, suffix)
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        extra = [name for name in self.negatives if name != "rejected"]
+        columns = list(next(iter(dataset)))
+        if extra and "prompt" not in columns:
+            raise ValueError(
+                f"several negatives need an explicit 'prompt' column; the {dataset_name} dataset has {columns}"
+            )
+        negative_columns(columns, dict.fromkeys(self.negatives))
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        for name in extra:
+            kwargs = {"name": name, "processing_class": processing_class, "eos_token": self._tokenizer.eos_token}
+            dataset = dataset.map(tokenize_negative, fn_kwargs=kwargs)
+        return dataset
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        suffix = "" if self._is_vision_dataset else "_ids"
+        extra = [c for name in self.negatives for c in (name + suffix, reference_column(name))]
+        self._signature_columns += [column for column in extra if column not in self._signature_columns]
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        """TRL's own pass over the data, which knows two columns: run on two blocks at a time, each under its name."""
+        if not isinstance(dataset, Dataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)  # says what it does not support
+        blocks = ["chosen", *self.negatives]
+        collator = self.data_collator
+        self.data_collator = getattr(collator, "collator", collator)
+        for first, second in zip(blocks[::2], [*blocks[1::2], "chosen"], strict=False):
+            pair = dataset.select_columns(["prompt_ids"])
+            for side, block in (("chosen", first), ("rejected", second)):
+                pair = pair.add_column(f"{side}_ids", dataset[f"{block}_ids"])
+            done = super()._precompute_ref_logps(pair, f"{name}: {first}, {second}", batch_size)
+            for side, block in (("chosen", first), ("rejected", second)):
+                if reference_column(block) not in dataset.column_names:
+                    dataset = dataset.add_column(reference_column(block), done[reference_column(side)])
+        self.data_collator = collator
+        return dataset
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        inputs = dict(inputs)
+        reference = inputs.pop("reference_logps", None)
+        completion_mask = inputs["completion_mask"]
+        model_inputs = {key: x for key, x in inputs.items() if key != "completion_mask"} | {"use_cache": False}
+        labels = model_inputs["input_ids"].masked_fill(completion_mask == 0, -100)
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = model(**model_inputs, **router, labels=labels, fused_lm_head=True)
+        if reference is None:
+            reference_model = self.model if self.ref_model is None else self.ref_model
+            reference = torch.cat(self.compute_ref_log_probs(reference_model, inputs))
+
+        mask = completion_mask[:, 1:]
+        K = len(self.negatives)
+        # Prompt-learning PEFT prepends virtual tokens to the outputs: the last positions are those of the real ones.
+        token_logps = outputs.log_probs[:, -mask.shape[1] :]
+        chosen, rejected = SequenceLogps(token_logps.sum(1), mask.sum(1).float()).pairs(K)
+        rejected = SequenceLogps(*(x.view(K, -1) for x in rejected))
+        reference = reference.view(1 + K, -1)
+        ranks = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+        out = napo_loss(
+            chosen, rejected, reference[0], reference[1:], beta=self.beta, recipe=self.recipe,
+            previous_q=self._previous_q(), process_group=ranks,
+        )  # fmt: skip
+        if self.model.training and self.recipe.decay > 0 and self.recipe.reduction != "none":
+            self.q = out.q
+        loss = out.losses.mean()
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+        self._record(out, chosen, rejected, outputs, inputs)
+        if return_outputs:
+            with torch.no_grad():
+                outputs = model(**model_inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _previous_q(self) -> torch.Tensor | None:
+        if self.q is None or not self.model.training:
+            return None  # evaluation neither reads nor moves what training smooths
+        return self.q.to(self.accelerator.device)
+
+    @torch.no_grad()
+    def _record(self, out, chosen, rejected, outputs, inputs):
+        """TRL's metrics and ours: sums and counts of this step, added over ranks in one reduction, read in one sync."""
+        mode = "train" if self.model.training else "eval"
+        mask = inputs["completion_mask"][:, 1:]
+        B, T = chosen.sum.shape[0], mask.shape[1]
+        margins = out.chosen_rewards - out.rejected_rewards
+
+        def tokens(x, rows=slice(None)):
+            return (x[:, -T:] * mask)[rows].sum(), mask[rows].sum()
+
+        metrics = {
+            "entropy": tokens(outputs.entropy),
+            "logits/chosen": tokens(outputs.mean_logits, slice(0, B)),
+            "logits/rejected": tokens(outputs.mean_logits, slice(B, None)),
+            "mean_token_accuracy": tokens(outputs.is_top1, slice(0, B)),
+            "rewards/chosen": total(out.chosen_rewards),
+            "rewards/margins": total(margins),
+            "rewards/accuracies": total(margins > 0),
+            "logps/chosen": total(chosen.sum),
+        }
+        for k, name in enumerate(self.negatives):
+            metrics |= {
+                f"rewards/{name}": total(out.rejected_rewards[k]),
+                f"rewards/margins/{name}": total(margins[k]),
+                f"rewards/accuracies/{name}": total(margins[k] > 0),
+                f"logps/{name}": total(rejected.sum[k]),
+                f"napo/q/{name}": total(out.q[k]),
+                f"napo/weight/{name}": total(out.weights[k]),
+            }
+        if self.aux_loss_enabled:
+            metrics["aux_loss"] = total(outputs.aux_loss)
+        metrics["num_tokens"] = total(inputs["attention_mask"])
+        packed = torch.stack(
+            [torch.stack([torch.as_tensor(x, device=mask.device).float() for x in pair]) for pair in metrics.values()]
+        )
+        rows = self.accelerator.reduce(packed, "sum").tolist()
+        for name, (amount, count) in zip(metrics, rows, strict=True):
+            self._metrics[mode][name].append(amount / count if count else 0.0)
+        if mode == "train":
+            self._total_train_tokens += int(rows[-1][0]) // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.q is not None and self.is_world_process_zero():
+            folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            (folder / STATE_FILE).write_text(json.dumps({"q": self.q.tolist()}))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (path := Path(checkpoint, STATE_FILE)).exists():
+            self.q = torch.tensor(json.loads(path.read_text())["q"])
+
+
+def total(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return x.detach().float().sum(), x.numel()

@@ -1,0 +1,95 @@
+"""Arguments of ``NaPOTrainer``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from trl.trainer.dpo_config import DPOConfig
+
+from napo_loss.negatives import default_negatives
+from napo_loss.types import Negative, Recipe
+
+REFUSED = {
+    "loss_type": ["sigmoid"],
+    "loss_weights": None,
+    "ld_alpha": None,
+    "f_divergence_type": "reverse_kl",
+    "f_alpha_divergence_coef": 0.5,
+    "label_smoothing": 0.0,
+    "use_weighting": False,
+    "discopop_tau": 0.05,
+    "padding_free": False,
+}
+"""Options of ``DPOConfig`` that shape another loss, with the only value under which they change nothing here."""
+
+
+@dataclass
+class NaPOConfig(DPOConfig):
+    r"""Arguments of :class:`NaPOTrainer`: those of TRL's ``DPOConfig`` and the ones below.
+
+    Defaults are the paper's: β = 0.1, learning rate 5e-7. Options that shape another loss (``loss_type``, ``ld_alpha``,
+    …: :data:`REFUSED`) raise an error when set, because they would change nothing.
+
+    Args:
+        negatives: columns of negatives with their :class:`napo_loss.Negative` settings, as
+            ``{"rejected": {"q": 0.0, "weight": 0.04}, "image_only": {"alpha": 0.01, "weight": 0.48}}`` (JSON on a
+            command line). Default: ``rejected`` and whichever of ``question_only`` and ``image_only`` the dataset
+            has, with the settings that :class:`napo_loss.Recipe` gives these names.
+        negative_weights: ``"fixed"`` or ``"dynamic"``, see :class:`napo_loss.Recipe`.
+        sft_weight: adds ``−sft_weight·log π(y_w)``.
+        average_logps: the loss reads per-token means instead of sums.
+        q_reduction: ``"rank_mean"``, ``"mean"`` or ``"none"``, see :func:`napo_loss.noise_level`.
+        q_decay: share of the previous step's q that is kept, in [0, 1). As in the published code q is read from each
+            micro-batch, so gradient accumulation does not change it, and with small micro-batches it is noisy: 0.9
+            averages over about ten of them. The state is saved with checkpoints.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DPOConfig._VALID_DICT_FIELDS, "negatives"]
+
+    learning_rate: float = field(default=5e-7, metadata={"help": "The initial learning rate for AdamW."})
+    negatives: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Columns of negatives and their settings, as JSON."}
+    )
+    negative_weights: str = field(
+        default="fixed", metadata={"help": "How negatives are weighted.", "choices": ["fixed", "dynamic"]}
+    )
+    sft_weight: float = field(default=0.0, metadata={"help": "Weight of the negative log-likelihood of the chosen."})
+    average_logps: bool = field(default=False, metadata={"help": "Per-token mean log-probs instead of sums."})
+    q_reduction: str = field(
+        default="rank_mean", metadata={"help": "Mean margin behind q.", "choices": ["rank_mean", "mean", "none"]}
+    )
+    q_decay: float = field(default=0.0, metadata={"help": "Share of the previous q that is kept."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, neutral in REFUSED.items():
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect on the NaPO loss and is refused: leave it at "
+                    f"{neutral!r}, or use TRL's DPOTrainer"
+                )
+        if self.negatives is not None:
+            if not isinstance(self.negatives, dict) or not self.negatives:
+                raise ValueError(f"negatives must map column names to settings, got {self.negatives!r}")
+            for name, settings in self.negatives.items():
+                try:
+                    Negative(**settings)
+                except TypeError as error:
+                    raise ValueError(f"negatives[{name!r}] = {settings!r}: {error}") from None
+        self.recipe(["rejected"] if self.negatives is None else list(self.negatives))  # checks the other values
+
+    def recipe(self, names: list[str]) -> Recipe:
+        """The settings of the loss for these negatives, in this order."""
+        if self.negatives is None:
+            negatives = dict(zip(names, default_negatives(names, len(names)), strict=True))
+        else:
+            negatives = {name: Negative(**settings) for name, settings in self.negatives.items()}
+        return Recipe(
+            negatives,
+            weights=self.negative_weights,  # pyright: ignore[reportArgumentType]  checked by Recipe
+            average_logps=self.average_logps,
+            sft_weight=self.sft_weight,
+            reduction=self.q_reduction,  # pyright: ignore[reportArgumentType]
+            decay=self.q_decay,
+        )

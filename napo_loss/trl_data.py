@@ -1,0 +1,95 @@
+"""Batches of chosen and K negatives for TRL, made with TRL's own tokenisation and collators."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from trl.data_utils import _tokenize, common_prefix_length, is_conversational
+
+from napo_loss.types import PAPER_NEGATIVES
+
+
+def negative_columns(columns: Iterable[str], configured: Mapping[str, Any] | None) -> list[str]:
+    """The negatives to train on: those configured, or ``rejected`` and the paper's columns that are there."""
+    columns = list(columns)
+    names = [n for n in PAPER_NEGATIVES if n in columns or n == "rejected"] if configured is None else list(configured)
+    for name in ("chosen", "rejected", *names):  # TRL prepares `rejected` whether it is trained on or not
+        if name not in columns:
+            raise ValueError(f"the dataset lacks the column {name!r}: it has {columns}, the negatives are {names}")
+    return names
+
+
+@dataclass
+class GroupCollator:
+    """``[chosen; negative 1; …; negative K]`` in one batch, from a TRL collator that makes ``[chosen; rejected]``.
+
+    The 1 + K blocks are dealt out as the two halves of twice-as-long preference batches, in an order that makes
+    TRL's output the order wanted. So padding, truncation and images are handled by TRL's code, and with one negative
+    the batch is TRL's to the bit. An odd number of blocks gets a copy of the chosen, which is cut off again.
+
+    Args:
+        collator: TRL's collator for text (``prompt_ids`` …) or vision (``prompt``, ``images`` …).
+        names: columns of the negatives.
+        suffix: ``"_ids"`` for tokenised text, ``""`` where the collator tokenises.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+    names: list[str]
+    suffix: str
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        blocks = ["chosen", *self.names]
+        odd = len(blocks) % 2
+        blocks += ["chosen"] * odd
+        half = len(blocks) // 2
+        pairs = [
+            self._pair(example, first, second)
+            for first, second in zip(blocks[:half], blocks[half:], strict=True)
+            for example in examples
+        ]
+        batch = dict(self.collator(pairs))
+        if odd:  # every block holds the same images and as many rows, so the last is that share of every tensor
+            batch = {key: x[: len(x) * (len(blocks) - 1) // len(blocks)] for key, x in batch.items()}
+        if reference_column("chosen") in examples[0]:
+            columns = [reference_column(name) for name in ("chosen", *self.names)]
+            batch["reference_logps"] = torch.tensor([[example[c] for example in examples] for c in columns])
+        return batch
+
+    def _pair(self, example: dict[str, Any], first: str, second: str) -> dict[str, Any]:
+        sides = {side + self.suffix for side in ("chosen", "rejected", *self.names)}
+        if missing := [side for side in (first + self.suffix, second + self.suffix) if side not in example]:
+            raise ValueError(f"a batch lacks {missing}: it has {list(example)}")
+        shared = {k: v for k, v in example.items() if k not in sides and not k.startswith("ref_")}
+        chosen, rejected = example[first + self.suffix], example[second + self.suffix]
+        return {**shared, f"chosen{self.suffix}": chosen, f"rejected{self.suffix}": rejected}
+
+
+def reference_column(name: str) -> str:
+    """Where the precomputed reference log-probs of a column are kept; TRL's names for chosen and rejected."""
+    return f"ref_{name}_logps"
+
+
+def tokenize_negative(example: dict[str, Any], name: str, processing_class: Any, eos_token: str) -> dict[str, Any]:
+    """``<name>_ids`` beside the ``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` that TRL made.
+
+    The completion begins where the tokenised prompt and prompt + completion diverge. Should that be earlier than
+    TRL found for the others, their prompts are cut there too: one group has one prompt.
+    """
+    prompt, negative = example["prompt"], example[name]
+    tools = example.get("tools")
+    kwargs = {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(example.get("chat_template_kwargs") or {}),
+    }
+    if not is_conversational({"prompt": prompt}):
+        kwargs = {}
+        negative += "" if negative.endswith(eos_token) else eos_token
+    ids = list(_tokenize(processing_class, prompt + negative, **kwargs)["input_ids"])
+    start = common_prefix_length(example["prompt_ids"], ids)
+    moved = example["prompt_ids"][start:]
+    others = {key: moved + example[key] for key in example if key.endswith("_ids") and key != "prompt_ids"}
+    return {**others, "prompt_ids": example["prompt_ids"][:start], f"{name}_ids": ids[start:]}
