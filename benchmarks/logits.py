@@ -3,7 +3,8 @@
     python -m benchmarks logits [--quick]
 
 Providers run side by side in one process on the same tensors; shapes are those of real models, with a contiguous
-prompt masked so that a share c of the positions is active. Writes ``results/logits-<device>.csv``.
+prompt masked so that a share c of the positions is active. Writes ``results/logits-<device>.csv`` and ``logits.md``
+(``--quick``: only prints).
 """
 
 from __future__ import annotations
@@ -93,14 +94,27 @@ def run_logits(*, quick: bool) -> None:
 
         times, extra = measure(step)
         rows.append([name, shape, N, T, V, "bfloat16", c, provider, *(f"{t:.3f}" for t in times), extra])
-    header = ["device", "shape", "N", "T", "V", "dtype", "c", "provider", "p20_ms", "p50_ms", "p80_ms", "extra_bytes"]
-    versions = [f"torch {torch.__version__}", f"napo_loss {napo_loss.__version__}"]
-    path = Path(__file__).parent / "results" / f"logits-{name.split(',')[0].replace(' ', '-')}.csv"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*header, "versions"])
-        writer.writerows([*row, "; ".join(versions)] for row in rows)
     for row in rows:
         print("{1:14} c={6:<5} {7:10} {9:>10} ms  ({8} .. {10})".format(*row))
-    print(f"written: {path}")
+    if not quick:
+        write(name, rows)
+
+
+def write(name: str, rows: list[list]) -> None:
+    """The CSV of this device, and the Markdown table of medians that README holds."""
+    header = ["device", "shape", "N", "T", "V", "dtype", "c", "provider", "p20_ms", "p50_ms", "p80_ms", "extra_bytes"]
+    versions = f"torch {torch.__version__}; napo_loss {napo_loss.__version__}"
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    with (folder / f"logits-{name.split(',')[0].replace(' ', '-')}.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*header, "versions"])
+        writer.writerows([*row, versions] for row in rows)
+    names = [provider for provider, _ in providers()]
+    medians = {(row[1], row[6], row[7]): float(row[9]) for row in rows}
+    lines = [f"| {name}; bfloat16, forward + backward | c | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
+    for shape, (N, T, V) in SHAPES.items():
+        for c in ACTIVE:
+            cells = [f"{medians[shape, c, provider]:.1f} ms" for provider in names]
+            lines.append(f"| {shape}: N={N}, T={T}, V={V} | {c} | {' | '.join(cells)} |")
+    (folder / "logits.md").write_text("\n".join(lines) + f"\n\n{versions}, median\n")
