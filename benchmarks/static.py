@@ -63,6 +63,12 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     labels = torch.zeros(1, 2, dtype=torch.int64)
     weights = torch.ones(1, 2)
     lse, grad_sum = torch.zeros(1, 2), torch.zeros(1)
+
+    # Every integer is 1 here, which Triton turns into a constant.
+    one = torch.empty(1, 1, 1)
+    yield "all ones", lambda: logps_forward(one, labels[:, :1], 1, -100)
+    yield "all ones", lambda: logps_reduce((one[0], one[0], one[0, 0]), labels[:, :1].contiguous(), None, 1, -100)
+    yield "all ones", lambda: logps_backward(grad_sum, one, labels[:, :1], None, lse[:, :1], one, 1, -100)
     for name, dtype in DTYPES.items():
         for V in (1, 50257, 128256):
             logits = torch.empty(1, 2, V, dtype=dtype)

@@ -72,8 +72,9 @@ def logps_forward_kernel(
         total = total * tl.exp(peak - base) + tl.exp(x - base)
         peak = new_peak
 
-    tl.store(peak_ptr + split * rows.to(tl.int64) + row, peak)
-    tl.store(total_ptr + split * rows.to(tl.int64) + row, tl.sum(total, axis=0))
+    at = split.to(tl.int64) * rows + row
+    tl.store(peak_ptr + at, peak)
+    tl.store(total_ptr + at, tl.sum(total, axis=0))
 
 
 def logps_forward(

@@ -46,14 +46,15 @@ def logps_reduce_kernel(
 
         peak = tl.full([BLOCK_T], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_T], tl.float32)
-        for split in range(0, splits):
-            at = split * rows.to(tl.int64) + row
+        at = row
+        for _ in range(0, splits):
             part_peak = tl.load(peak_ptr + at, mask=active, other=float("-inf"))
             part_total = tl.load(total_ptr + at, mask=active, other=0.0)
             new_peak = tl.maximum(peak, part_peak)
             base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
             total = total * tl.exp(peak - base) + part_total * tl.exp(part_peak - base)
             peak = new_peak
+            at += rows
         lse = tl.where(active, peak + tl.log(tl.where(active, total, 1.0)), 0.0)
         tl.store(lse_ptr + row, lse, mask=t < T)
 

@@ -231,7 +231,7 @@ def _previous(q: float | Tensor | None, group: Group) -> Tensor | None:
 def _can_fuse(group: Group, recipe: Recipe) -> bool:
     """Whether the objective kernel does: a GPU with Triton, float32 or less, one q per kind of negative."""
     x = group.policy_chosen
-    return x.is_cuda and x.dtype != torch.float64 and recipe.reduction != "none" and ops.has_triton()
+    return x.is_cuda and x.dtype != torch.float64 and recipe.reduction != "none" and ops.HAS_TRITON
 
 
 def _fused(
@@ -239,7 +239,7 @@ def _fused(
 ) -> tuple[Tensor, ...]:
     """:func:`napo_loss.formulas.combine` in one launch, or in two around the all-reduce."""
     logps, settings = group[:6], flat_settings(group.negatives)
-    scalars = [beta, recipe.sft_weight, recipe.decay]
+    scalars = [float(beta), float(recipe.sft_weight), float(recipe.decay)]
     average, dynamic = recipe.average_logps, recipe.weights == "dynamic"
     means = None
     if process_group is not None:

@@ -15,6 +15,9 @@ from torch import Tensor
 from napo_loss import eager, formulas
 from napo_loss.types import MIN_LENGTH
 
+HAS_TRITON = find_spec("triton") is not None
+"""A constant, because torch.compile cannot trace the look-up."""
+
 NO_TRITON = (
     "this GPU path needs Triton, which CUDA builds of PyTorch on Linux bring along: pip install triton, "
     'or ask for the eager path with backend="eager"'
@@ -25,14 +28,9 @@ def uses_triton(backend: str, x: Tensor) -> bool:
     """Whether ``backend`` ("auto", "triton", "eager") means the kernels for this tensor."""
     if backend == "eager" or (backend == "auto" and (not x.is_cuda or x.dtype == torch.float64)):
         return False
-    if not has_triton():
+    if not HAS_TRITON:
         raise ImportError(NO_TRITON)
     return True
-
-
-@lru_cache(maxsize=1)
-def has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 @torch.library.custom_op("napo_loss::sequence_logps", mutates_args=())

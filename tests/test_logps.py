@@ -263,7 +263,7 @@ def test_a_label_out_of_range_is_an_error_or_a_visible_nan(wrong):
 def test_missing_triton_is_named(monkeypatch):
     from napo_loss import ops
 
-    monkeypatch.setattr(ops, "has_triton", lambda: False)
+    monkeypatch.setattr(ops, "HAS_TRITON", False)
     with pytest.raises(ImportError, match=r'pip install triton, or ask for the eager path with backend="eager"'):
         sequence_logps(LOGITS, LABELS, backend="triton")
     assert sequence_logps(LOGITS, LABELS).sum.shape == (2,)
