@@ -72,7 +72,7 @@ def noise_aware_dpo_loss(
         tensor([0.4013, 0.5250])
 
     Source:
-        arXiv:2503.17928, section 4; the transform is Box–Cox's as in arXiv:1805.07836.
+        arXiv:2503.17928; the transform as a loss: arXiv:1805.07836 (generalized cross entropy).
     """
     check_positive("beta", beta)
     check_logps(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
@@ -132,15 +132,15 @@ def noise_level(
         tensor([0.2384, 0.9500])
 
     Source:
-        arXiv:2503.17928, section 4.3, and its published code.
+        arXiv:2503.17928 and its published code.
     """
     check_margin(margin)
     check_positive("alpha", alpha)
     check_estimator(bounds, reduction, decay)
     margin = upcast(margin.detach())
     if reduction != "none":
-        by_count = reduction == "mean"
-        margin = mean_over_group(margin.mean(-1), margin.shape[-1], by_count=by_count, process_group=process_group)
+        B, by_count = margin.shape[-1], reduction == "mean"
+        margin = mean_over_group(margin.mean(-1), B, by_count=by_count, process_group=process_group)
     return smooth(q_of(margin, alpha, bounds), previous, decay)
 
 
@@ -238,13 +238,13 @@ def _fused(
     group: Group, beta: float, recipe: Recipe, previous_q: Tensor | None, process_group: ProcessGroup | None
 ) -> tuple[Tensor, ...]:
     """:func:`napo_loss.formulas.combine` in one launch, or in two around the all-reduce."""
-    logps, settings = group[:6], flat_settings(group.negatives)
+    logps, settings, means = group[:6], flat_settings(group.negatives), None
     scalars = [float(beta), float(recipe.sft_weight), float(recipe.decay)]
     average, dynamic = recipe.average_logps, recipe.weights == "dynamic"
-    means = None
     if process_group is not None:
-        means = ops.objective_means(*logps, settings, scalars, average)
-        by_count = recipe.reduction == "mean"
-        means = mean_over_group(means, logps[1].shape[1], by_count=by_count, process_group=process_group)
+        with torch.no_grad():
+            means = ops.objective_means(*logps, settings, scalars, average)
+        B, by_count = logps[1].shape[1], recipe.reduction == "mean"
+        means = mean_over_group(means, B, by_count=by_count, process_group=process_group)
     losses, *rest = ops.objective(*logps, previous_q, means, settings, scalars, average, dynamic)
     return losses, *(x.detach() for x in rest[:4])

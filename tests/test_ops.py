@@ -1,5 +1,6 @@
 """The operators inside PyTorch: opcheck, torch.compile, autocast, no_grad, double backward, process groups."""
 
+import copy
 import datetime
 import tempfile
 
@@ -8,7 +9,16 @@ import torch
 import torch.distributed as dist
 from torch.library import opcheck
 
-from napo_loss import Recipe, SequenceLogps, napo_loss, noise_level, objective, ops, sequence_logps
+from napo_loss import (
+    Recipe,
+    SequenceLogps,
+    napo_loss,
+    noise_aware_dpo_loss,
+    noise_level,
+    objective,
+    ops,
+    sequence_logps,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton.runtime.interpreter"),
@@ -142,7 +152,24 @@ def in_group(rank, size, path, fused):
     pooled = (2 * torch.sigmoid(-0.01 * torch.cat(margins, 1).mean(1))).clamp(0.001, 1)
     by_count = napo_loss(zeros, -mine, None, None, recipe=Recipe(reduction="mean"), process_group=group)
     torch.testing.assert_close(by_count.q, pooled)
+    check_ddp(rank, size, group)
     dist.destroy_process_group()
+
+
+def check_ddp(rank, size, group):
+    """Gradients under DDP are those of one process that holds every rank's batch."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 11)
+    hidden, labels = torch.randn(size, 4, 3, 6), torch.randint(0, 11, (size, 4, 3))
+    wrapped = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+    chosen, rejected = sequence_logps(wrapped(hidden[rank]), labels[rank]).pairs()
+    napo_loss(chosen, rejected, None, None, process_group=group).losses.mean().backward()
+
+    pairs = [sequence_logps(model(h), y).pairs() for h, y in zip(hidden, labels, strict=True)]
+    q = noise_level(torch.stack([c.sum.detach() - r.sum.detach() for c, r in pairs]).mean(1))
+    losses = [noise_aware_dpo_loss(c.sum, r.sum, None, None, q=q).losses.mean() for c, r in pairs]
+    torch.stack(losses).mean().backward()
+    torch.testing.assert_close(wrapped.module.weight.grad, model.weight.grad)
 
 
 @pytest.mark.parametrize("fused", [False, True])
