@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, objective, ops, sequence_logps
 from napo_loss.kernels.launch import MAX_BLOCK_V, logits_launch
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton.runtime.interpreter")
-
 
 def run_objective(monkeypatch, fused, dtype, pc, pr, refs, lengths, **kwargs):
     """All outputs and both gradients, from the kernel or from plain tensor operations."""

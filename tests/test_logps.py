@@ -8,8 +8,6 @@ from torch.autograd import gradcheck
 
 from napo_loss import eager, reference, sequence_logps
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton.runtime.interpreter")
-
 BACKENDS = ["eager", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 seeds = st.integers(0, 2**31)

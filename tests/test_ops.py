@@ -20,13 +20,6 @@ from napo_loss import (
     sequence_logps,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton.runtime.interpreter"),
-    # Raised inside torch's own compiler stack and profiler, whatever is compiled.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.*LeafSpec:FutureWarning"),
-]
-
 
 def example(requires_grad=True):
     torch.manual_seed(0)
