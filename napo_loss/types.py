@@ -43,10 +43,15 @@ class SequenceLogps(NamedTuple):
         N = self.sum.shape[0]
         if self.sum.dim() != 1 or K < 1 or N % (1 + K):
             raise ValueError(f"{list(self.sum.shape)} log-probs do not split into 1 chosen and K = {K} negatives")
-        chosen, rejected = _Pairs.apply(self.sum, K)
-        B = N // (1 + K)
-        lengths = self.length[B:] if K == 1 else self.length[B:].view(K, B)
-        return SequenceLogps(chosen, self.length[:B]), SequenceLogps(rejected, lengths)
+        # A compiler fuses what slicing costs, and knows it better than a Function.
+        split = _slice if torch.compiler.is_compiling() else _Pairs.apply
+        (chosen, rejected), lengths = split(self.sum, K), _slice(self.length, K)
+        return SequenceLogps(chosen, lengths[0]), SequenceLogps(rejected, lengths[1])
+
+
+def _slice(x: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    B = x.shape[0] // (1 + K)
+    return x[:B], x[B:] if K == 1 else x[B:].view(K, B)
 
 
 class _Pairs(torch.autograd.Function):
@@ -54,18 +59,17 @@ class _Pairs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, K: int) -> tuple[Tensor, Tensor]:
-        B = x.shape[0] // (1 + K)
-        return x[:B], x[B:] if K == 1 else x[B:].view(K, B)
+        return _slice(x, K)
 
     @staticmethod
     def backward(ctx, grad_chosen: Tensor, grad_rejected: Tensor) -> tuple[Tensor, None]:
-        return join(grad_chosen, grad_rejected), None
+        return _join(grad_chosen, grad_rejected), None
 
 
-def join(first: Tensor, second: Tensor) -> Tensor:
+def _join(first: Tensor, second: Tensor) -> Tensor:
     """``first`` and then ``second``, flat; a view where they already lie so in one buffer."""
     if (
-        not torch.compiler.is_compiling()
+        not torch.is_grad_enabled()  # the view would drop the graph that a second derivative follows to `second`
         and first.is_contiguous()
         and second.is_contiguous()
         and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()

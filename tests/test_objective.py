@@ -341,6 +341,14 @@ def test_pairs_splits_and_joins(seed, B, K):
     torch.testing.assert_close(flat.grad, weight)
 
 
+def test_pairs_can_be_differentiated_twice():
+    def loss(x):
+        chosen, rejected = SequenceLogps(x, torch.ones(6)).pairs(2)
+        return noise_aware_dpo_loss(chosen.sum, rejected.sum, None, None, beta=0.3, q=0.4).losses
+
+    assert gradgradcheck(loss, (logps(0, 6).requires_grad_(),))
+
+
 # Bad input: each error names the argument, what was given and what was expected.
 
 GOOD = dict(
