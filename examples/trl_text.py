@@ -28,8 +28,11 @@ words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *vocabulary
 inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
 inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), pad_token_id=0, eos_token_id=1, bos_token_id=None, **size))
+size = LlamaConfig(
+    vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    pad_token_id=0, eos_token_id=1, bos_token_id=None,
+)  # fmt: skip
+model = LlamaForCausalLM(size)
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:

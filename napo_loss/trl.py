@@ -13,27 +13,40 @@ hidden states into token log-probs without storing logits. The loss is ours.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 
 try:
     from datasets import Dataset
-    from trl.trainer.dpo_trainer import DPOTrainer
+    from transformers import PreTrainedModel
+    from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference, DPOTrainer
 except ImportError as error:
     raise ImportError('napo_loss.trl needs TRL: pip install "napo-loss[trl]"') from error
 
 from napo_loss.objective import napo_loss
 from napo_loss.trl_config import NaPOConfig
-from napo_loss.trl_data import GroupCollator, negative_columns, reference_column, tokenize_negative
+from napo_loss.trl_data import GroupCollator, negative_columns, reference_column, tokenize_negatives
 from napo_loss.types import SequenceLogps
 
 __all__ = ["NaPOConfig", "NaPOTrainer"]
 
 STATE_FILE = "napo_state.json"
+PAPER = {
+    "title": "Debiasing Multimodal Large Language Models via Noise-Aware Preference Optimization",
+    "id": "2503.17928",
+    "citation": """@inproceedings{napo2025,
+    title     = {Debiasing Multimodal Large Language Models via Noise-Aware Preference Optimization},
+    booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+    year      = {2025},
+    note      = {arXiv:2503.17928}
+}""",
+}
+"""What the model card cites."""
 
 
 class NaPOTrainer(DPOTrainer):
@@ -41,7 +54,10 @@ class NaPOTrainer(DPOTrainer):
 
     The dataset has ``prompt``, ``chosen``, ``rejected`` and, for more negatives, further columns in the format of
     ``rejected`` (see :class:`NaPOConfig`). The chosen and its negatives are one forward pass. A ``data_collator`` of
-    your own must give ``[chosen; negative 1; …; negative K]``.
+    your own must give ``[chosen; negative 1; …; negative K]``; TRL's two, with settings of yours, are made to.
+
+    Without ``ref_model`` the reference is loaded again by the model's name, as TRL does; a model that has no name,
+    built from a config, is copied.
 
     Logged beside TRL's metrics, for every negative: ``rewards/<name>``, ``rewards/margins/<name>``,
     ``rewards/accuracies/<name>``, ``logps/<name>``, ``napo/q/<name>`` and ``napo/weight/<name>``. TRL's own
@@ -50,6 +66,7 @@ class NaPOTrainer(DPOTrainer):
 
     _tag_names: ClassVar[list[str]] = ["trl", "dpo", "napo"]
     _name = "NaPO"
+    _paper: ClassVar[dict[str, str]] = PAPER
 
     def __init__(self, model, ref_model=None, args: NaPOConfig | None = None, **kwargs):
         args = args or NaPOConfig("napo")
@@ -60,13 +77,21 @@ class NaPOTrainer(DPOTrainer):
             raise ValueError("`train_dataset` is required")
         if kwargs.get("data_collator") is not None and args.precompute_ref_log_probs:
             raise ValueError("precompute_ref_log_probs=True needs the trainer's own data_collator, not one of yours")
+        if args.q_decay > 0 and args.q_reduction == "none":
+            raise ValueError("q_decay has nothing to smooth with q_reduction='none': each sample has a q of its own")
         self.negatives = negative_columns(next(iter(dataset)), args.negatives)
+        evaluated = kwargs.get("eval_dataset")
+        for other in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
+            if other is not None:
+                negative_columns(next(iter(other)), dict.fromkeys(self.negatives))
         self.recipe = args.recipe(self.negatives)
         self.q: torch.Tensor | None = None  # of the training step before
+        if ref_model is None and _needs_copy(model, args, kwargs.get("peft_config")):
+            ref_model = copy.deepcopy(model)
         super().__init__(model, ref_model, args, **kwargs)
-        if kwargs.get("data_collator") is None:
+        if isinstance(self.data_collator, (DataCollatorForPreference, DataCollatorForVisionPreference)):
             suffix = "" if self._is_vision_dataset else "_ids"
-            self.data_collator = GroupCollator(self.data_collator, self.negatives, suffix)
+            self.data_collator = GroupCollator(self.data_collator, self.negatives, suffix, self.precompute_ref_logps)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         extra = [name for name in self.negatives if name != "rejected"]
@@ -77,10 +102,10 @@ class NaPOTrainer(DPOTrainer):
             )
         negative_columns(columns, dict.fromkeys(self.negatives))
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        for name in extra:
-            kwargs = {"name": name, "processing_class": processing_class, "eos_token": self._tokenizer.eos_token}
-            dataset = dataset.map(tokenize_negative, fn_kwargs=kwargs)
-        return dataset
+        options = {}
+        if isinstance(dataset, Dataset):  # streams know neither
+            options = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing negatives of {dataset_name} dataset"}
+        return tokenize_negatives(dataset, extra, processing_class, self._tokenizer.eos_token, options)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -93,21 +118,26 @@ class NaPOTrainer(DPOTrainer):
         if not isinstance(dataset, Dataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # says what it does not support
         blocks = ["chosen", *self.negatives]
+        dataset = dataset.remove_columns([c for c in map(reference_column, blocks) if c in dataset.column_names])
         collator = self.data_collator
         self.data_collator = getattr(collator, "collator", collator)
+        found: dict[str, Any] = {}
         for first, second in zip(blocks[::2], [*blocks[1::2], "chosen"], strict=False):
-            pair = dataset.select_columns(["prompt_ids"])
-            for side, block in (("chosen", first), ("rejected", second)):
-                pair = pair.add_column(f"{side}_ids", dataset[f"{block}_ids"])
+            # Renamed columns have a fingerprint of their own, so each pair of blocks has its own cache file.
+            pair = dataset.select_columns(["prompt_ids", f"{first}_ids", f"{second}_ids"])
+            pair = pair.rename_columns({f"{first}_ids": "chosen_ids", f"{second}_ids": "rejected_ids"})
             done = super()._precompute_ref_logps(pair, f"{name}: {first}, {second}", batch_size)
-            for side, block in (("chosen", first), ("rejected", second)):
-                if reference_column(block) not in dataset.column_names:
-                    dataset = dataset.add_column(reference_column(block), done[reference_column(side)])
+            found |= {reference_column(first): done["ref_chosen_logps"]}
+            found |= {reference_column(second): done["ref_rejected_logps"]}
         self.data_collator = collator
+        for column, logps in found.items():
+            dataset = dataset.add_column(column, logps)
         return dataset
 
     def _compute_loss(self, model, inputs, return_outputs):
-        inputs = dict(inputs)
+        """The loss of one micro-batch. ``compute_loss`` stays TRL's: it calls this, and explains a ``max_length`` that
+        cuts off image tokens."""
+        inputs = {key: x for key, x in inputs.items() if key not in ("ref_chosen_logps", "ref_rejected_logps")}
         reference = inputs.pop("reference_logps", None)
         completion_mask = inputs["completion_mask"]
         model_inputs = {key: x for key, x in inputs.items() if key != "completion_mask"} | {"use_cache": False}
@@ -191,15 +221,28 @@ class NaPOTrainer(DPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        if self.q is not None and self.is_world_process_zero():
+        if self.q is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            (folder / STATE_FILE).write_text(json.dumps({"q": self.q.tolist()}))
+            q = dict(zip(self.negatives, self.q.tolist(), strict=True))
+            (folder / STATE_FILE).write_text(json.dumps({"q": q}))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (path := Path(checkpoint, STATE_FILE)).exists():
-            self.q = torch.tensor(json.loads(path.read_text())["q"])
+        if checkpoint is None or not (path := Path(checkpoint, STATE_FILE)).exists():
+            return
+        q = json.loads(path.read_text())["q"]
+        if set(q) != set(self.negatives):
+            raise ValueError(f"{path} holds q for {list(q)}, but the negatives are {self.negatives}")
+        self.q = torch.tensor([q[name] for name in self.negatives])
 
 
-def total(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    return x.detach().float().sum(), x.numel()
+def _needs_copy(model, args: NaPOConfig, peft_config) -> bool:
+    """Whether TRL would look for the reference under a name that the model does not have."""
+    unnamed = isinstance(model, PreTrainedModel) and not model.config._name_or_path
+    return unnamed and peft_config is None and not args.precompute_ref_log_probs
+
+
+def total(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum and count, both on the device of ``x``: a count copied there from the host would wait for the device."""
+    amount = x.detach().float().sum()
+    return amount, torch.full_like(amount, x.numel())

@@ -3,17 +3,26 @@
 import copy
 import dataclasses
 import os
+import pickle
+import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import BatchFeature, MixtralConfig, MixtralForCausalLM, Qwen2VLImageProcessorPil
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
 
-from napo_loss import Negative, Recipe, napo_loss, reference
+import napo_loss
+from napo_loss import Negative, Recipe, reference
 from napo_loss.trl import STATE_FILE, NaPOConfig, NaPOTrainer
 from napo_loss.trl_config import REFUSED
+from napo_loss.trl_data import GroupCollator, OncePerPrompt
 from tests import tiny
 
 pytestmark = [
@@ -94,10 +103,10 @@ def test_loss_and_gradient_are_those_computed_by_hand(kind, columns, options, tm
         sft_weight=options.get("sft_weight", 0.0),
     )  # fmt: skip
     if K == 1:
-        expected = napo_loss(*policy, ref[0].sum, ref[1].sum, recipe=recipe)
+        expected = napo_loss.napo_loss(*policy, ref[0].sum, ref[1].sum, recipe=recipe)
     else:
         named = [{n: type(x)(x.sum[k], x.length[k]) for k, n in enumerate(columns)} for x in (policy[1], ref[1])]
-        expected = napo_loss(policy[0], named[0], ref[0], named[1], recipe=recipe)
+        expected = napo_loss.napo_loss(policy[0], named[0], ref[0], named[1], recipe=recipe)
     torch.testing.assert_close(loss.double(), expected.losses.mean(), rtol=1e-5, atol=1e-6)
     expected.losses.mean().backward()
     for name, grad in gradients(trainer.model).items():
@@ -227,7 +236,8 @@ def train_and_save(folder):
     trainer.train()
     if trainer.is_world_process_zero():
         torch.save([trainer.model.state_dict(), trainer.state.log_history], f"{folder}/trained.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # an orderly end can hang: DDP's reducer, freed last, joins a gloo thread that waits for Python
 
 
 def test_two_ranks_train_as_one_process(tmp_path):
@@ -248,6 +258,231 @@ def test_two_ranks_train_as_one_process(tmp_path):
         for name in b:
             if name.startswith(("loss", "rewards", "napo", "logps", "entropy")):
                 assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-2, abs=1e-3), (step, name)
+
+
+# Data: further negatives are prepared as TRL prepares `rejected`.
+
+
+def text_trainer(data, folder, trainer=NaPOTrainer, config=NaPOConfig, model=None, ref=None, extra=None, **kwargs):
+    return trainer(
+        model or moved(tiny.llama()), ref or tiny.llama(), arguments(config, folder, **kwargs), train_dataset=data,
+        processing_class=tiny.tokenizer(), **(extra or {}),
+    )  # fmt: skip
+
+
+def conversation(example):
+    roles = {"prompt": "user"}
+    return {k: [{"role": roles.get(k, "assistant"), "content": v.strip()}] for k, v in example.items()}
+
+
+@pytest.mark.parametrize("style", ["plain", "conversational"])
+@pytest.mark.parametrize("beginning", ["", "s"])  # "s" merges with the last word of the prompt: the prompt gets shorter
+def test_a_further_negative_is_tokenised_like_rejected(style, beginning, tmp_path):
+    data = tiny.text_pairs(3).remove_columns(["question_only", "image_only"])
+    theirs = data.map(lambda x: {"rejected": beginning + x["rejected"]})
+    ours = theirs.rename_column("rejected", "other").add_column("rejected", data["chosen"])
+    if style == "conversational":
+        ours, theirs = ours.map(conversation), theirs.map(conversation)
+    expected = text_trainer(theirs, tmp_path, DPOTrainer, DPOConfig, max_length=7).train_dataset
+    trainer = text_trainer(ours, tmp_path, negatives={"other": {}}, max_length=7)
+    for a, b in zip(trainer.train_dataset, expected, strict=True):
+        assert [a["prompt_ids"], a["chosen_ids"], a["other_ids"]] == [
+            b["prompt_ids"],
+            b["chosen_ids"],
+            b["rejected_ids"],
+        ]
+    if style == "plain" and beginning:
+        assert len(trainer.train_dataset[0]["prompt_ids"]) == 1
+    again = trainer._prepare_dataset(trainer.train_dataset, trainer.processing_class, trainer.args, "again")
+    assert again[:] == trainer.train_dataset[:]
+    ids = next(iter(trainer.get_train_dataloader()))["input_ids"]
+    assert ids.shape[1] <= 7
+
+
+def test_columns_that_only_look_like_ours_are_left_alone(tmp_path):
+    plain = text_trainer(tiny.text_pairs(4), tmp_path)
+    data = tiny.text_pairs(4).add_column("doc_ids", list("abcd"))
+    for name in ("chosen", "rejected"):
+        data = data.add_column(f"ref_{name}_logps", [-5.0] * 4)  # of an earlier run with another model
+    cluttered = text_trainer(data, tmp_path)
+    batches = [next(iter(t.get_train_dataloader())) for t in (plain, cluttered)]
+    assert set(batches[0]) == set(batches[1])
+    losses = [t.compute_loss(t.model, b) for t, b in zip((plain, cluttered), batches, strict=True)]
+    assert torch.equal(*losses)
+    computed = text_trainer(data, tmp_path, precompute_ref_log_probs=True)
+    assert max(computed.train_dataset["ref_chosen_logps"]) < -5
+
+
+def test_streams(tmp_path):
+    whole, stream = tiny.text_pairs(4), tiny.text_pairs(4).to_iterable_dataset()
+    trainers = [text_trainer(x, tmp_path, extra={"eval_dataset": x}) for x in (whole, stream)]
+    a, b = (t.evaluate()["eval_loss"] for t in trainers)
+    assert a == pytest.approx(b)
+    trainers[1].train()
+
+
+def test_reference_log_probs_are_cached_per_pair_of_columns(tmp_path, monkeypatch):
+    tiny.text_pairs(4).save_to_disk(str(tmp_path / "pairs"))
+    saved, passes = Dataset.load_from_disk(str(tmp_path / "pairs")), []
+    once = DPOTrainer.compute_ref_log_probs
+    monkeypatch.setattr(NaPOTrainer, "compute_ref_log_probs", lambda *a: passes.append(1) or once(*a))
+    found = []
+    for columns in (PAPER, PAPER, ["rejected", "image_only"]):
+        data = saved.select_columns(["prompt", "chosen", *columns])
+        trainer = text_trainer(data, tmp_path, precompute_ref_log_probs=True)
+        found.append((len(passes), trainer.train_dataset["ref_image_only_logps"][:]))
+        passes.clear()
+    # Two batches for each pair of columns, the last pair being (image_only, chosen); the second time nothing is left.
+    assert [n for n, _ in found] == [4, 0, 4]
+    assert found[0][1] == found[1][1] == pytest.approx(found[2][1])
+    held_out = trainer.evaluate(tiny.text_pairs(2))
+    assert held_out["eval_napo/q/image_only"] > 0
+
+
+class Patches:
+    """In the form of Qwen's processors: patches of all images in one row of tensors, a grid per image, type ids."""
+
+    def __init__(self):
+        self.tokenizer, self.images = tiny.tokenizer(), 0
+        self.patches = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024)
+
+    def apply_chat_template(self, messages, **kwargs):
+        return self.tokenizer.apply_chat_template(messages, **{**kwargs, "tokenize": False})
+
+    def __call__(self, text, images=None, **kwargs):
+        out = self.tokenizer(text, **kwargs)
+        ids = out["input_ids"]
+        types = {"token_type_ids": torch.zeros_like(ids), "mm_token_type_ids": (ids == 3).long()}
+        if images is None:
+            return BatchFeature({**out, **types})
+        flat = [image for row in images for image in row]
+        self.images += len(flat)
+        return BatchFeature({**out, **types, **self.patches(flat, return_tensors="pt")})
+
+
+def test_patches_grids_and_type_ids_follow_their_block():
+    draw = np.random.default_rng(0)
+    examples = [dict(x) for x in tiny.vision_pairs(3)]
+    for i, example in enumerate(examples):  # 0, 1 and 2 images of several sizes
+        shapes = [(16, 8 * (i + 1), 3)] * i
+        example["images"] = [Image.fromarray(draw.integers(0, 255, shape, dtype=np.uint8)) for shape in shapes]
+    for K in (1, 2, 3):
+        processor = Patches()
+        batch = GroupCollator(DataCollatorForVisionPreference(processor), PAPER[:K], "")(copy.deepcopy(examples))
+        assert processor.images == 3  # each image once, not once per block
+        for k, name in enumerate(PAPER[:K], start=1):
+            two = [{**x, "rejected": x[name]} for x in copy.deepcopy(examples)]
+            expected = DataCollatorForVisionPreference(Patches())(two)
+            assert set(batch) == set(expected)
+            for x in (batch, expected):  # what fills up the end is masked: TRL takes one token or the other
+                x["input_ids"] = x["input_ids"] * x["attention_mask"]
+            for key, x in expected.items():
+                blocks, halves = batch[key].chunk(1 + K), x.chunk(2)
+                for mine, theirs in ((blocks[0], halves[0]), (blocks[k], halves[1])):
+                    T = theirs.shape[-1] if "ids" in key or "mask" in key else None
+                    assert torch.equal(mine[..., :T], theirs), (K, name, key)
+                    assert T is None or not mine[..., T:].any()
+
+
+def test_prompts_that_differ_between_blocks_are_processed_one_by_one():
+    processor = Patches()
+    once = OncePerPrompt(processor, copies=2)
+    image = [Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8))]
+    kwargs = {"images": [image, image], "padding": True, "return_tensors": "pt"}
+    same, different = once(text=["the cat"] * 2, **kwargs), once(text=["the cat", "the dog"], **kwargs)
+    assert processor.images == 1 + 2
+    assert same["image_grid_thw"].shape == different["image_grid_thw"].shape == (2, 3)
+    assert different["input_ids"][0, 1] != different["input_ids"][1, 1]
+    assert pickle.loads(pickle.dumps(OncePerPrompt(tiny.tokenizer(), 2))).pad_token_id == 0  # for data loader workers
+
+
+def test_trl_collators_of_ones_own_are_extended(tmp_path):
+    mine = DataCollatorForPreference(pad_token_id=0, pad_to_multiple_of=16)
+    trainer = text_trainer(tiny.text_pairs(4), tmp_path, extra={"data_collator": mine})
+    assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape == (8, 16)
+
+
+def test_a_max_length_that_cuts_off_images_is_explained(tmp_path):
+    trainer = trainer_for("vision", tmp_path, max_length=3)
+    with pytest.raises(ValueError, match=r"`max_length` \(3\) is too short"):
+        trainer.train()
+
+
+# Models.
+
+
+def test_a_pretrained_adapter_is_its_own_reference(tmp_path):
+    model = get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    trainer = NaPOTrainer(
+        model, args=arguments(NaPOConfig, tmp_path, learning_rate=1.0), train_dataset=tiny.text_pairs(4),
+        processing_class=tiny.tokenizer(),
+    )  # fmt: skip
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        expected = logps_by_hand(trainer.model, batch).sum
+    trainer.train()
+    assert float(trainer.state.log_history[0]["rewards/chosen"]) == pytest.approx(0, abs=1e-6)
+    assert abs(float(trainer.state.log_history[1]["rewards/chosen"])) > 1e-4
+    actual = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mixture_of_experts_adds_the_loss_of_its_router_as_trl_does(tmp_path):
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"vocab_size": len(tiny.WORDS.split()), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(num_key_value_heads=2, num_local_experts=2, **size, **tokens))
+    data = tiny.text_pairs(4).remove_columns(["question_only", "image_only"])
+    losses, kwargs = [], {"router_aux_loss_coef": 0.5}
+    for cls, config, more in (
+        (NaPOTrainer, NaPOConfig, {"negatives": {"rejected": {"q": 0.0}}}),
+        (DPOTrainer, DPOConfig, {}),
+    ):
+        trainer = text_trainer(data, tmp_path, cls, config, moved(model), copy.deepcopy(model), **kwargs, **more)
+        losses.append(trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))))
+    torch.testing.assert_close(*losses)
+    assert losses[0] > 1  # 0.5 times about 2 for the router
+
+
+def test_a_model_without_a_name_is_its_own_reference(tmp_path):
+    model = tiny.llama()
+    trainer = NaPOTrainer(
+        model, args=arguments(NaPOConfig, tmp_path), train_dataset=tiny.text_pairs(4), processing_class=tiny.tokenizer()
+    )
+    before = copy.deepcopy(model.state_dict())
+    trainer.train()
+    for name, value in trainer.ref_model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not torch.equal(model.lm_head.weight, trainer.ref_model.lm_head.weight)
+
+
+def test_accumulated_micro_batches_are_one_batch_when_q_is_fixed(tmp_path):
+    options = {"negatives": {name: {"q": 0.5} for name in PAPER}, "optim": "sgd", "max_steps": 1, "max_grad_norm": 0.0}
+    weights = []
+    for B, steps in ((4, 1), (2, 2), (1, 4)):
+        trainer = text_trainer(
+            tiny.text_pairs(4), tmp_path, per_device_train_batch_size=B, gradient_accumulation_steps=steps, **options
+        )
+        trainer.train()
+        weights.append(trainer.model.lm_head.weight)
+    torch.testing.assert_close(weights[0], weights[1])
+    torch.testing.assert_close(weights[0], weights[2])
+
+
+def test_bf16_with_gradient_checkpointing(tmp_path):
+    losses = []
+    for kwargs in ({}, {"bf16": True, "gradient_checkpointing": True}):
+        trainer = text_trainer(tiny.text_pairs(4), tmp_path, **kwargs)
+        trainer.train()
+        losses.append(float(trainer.state.log_history[0]["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+def test_model_card_cites_the_method(tmp_path):
+    text_trainer(tiny.text_pairs(4), tmp_path).create_model_card(model_name="debiased")
+    card = (tmp_path / "README.md").read_text()
+    assert "trained with NaPO, a method introduced in [Debiasing Multimodal Large Language Models" in card
+    assert "rafailov" not in card
 
 
 # Refusals: nothing is silently ignored.
@@ -296,7 +531,33 @@ def test_bad_settings(options, message, tmp_path):
         arguments(NaPOConfig, tmp_path, **options)
 
 
+def test_settings_that_contradict_each_other_or_the_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="q_decay has nothing to smooth with q_reduction='none'"):
+        trainer_for("text", tmp_path, q_decay=0.9, q_reduction="none")
+    trainer_for("text", tmp_path, q_decay=0.9, save_strategy="steps", save_steps=2).train()
+    other = trainer_for("text", tmp_path, columns=["rejected"], q_decay=0.9, max_steps=3)
+    with pytest.raises(
+        ValueError, match=r"holds q for \['rejected', 'question_only', 'image_only'\], but the negatives"
+    ):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("name", ["chosen", "prompt", "margins", "accuracies"])
+def test_names_with_another_meaning_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=f"no negative can be called '{name}'"):
+        text_trainer(tiny.text_pairs(4), tmp_path, negatives={"rejected": {}, name: {}})
+
+
+def test_without_trl_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl.trainer.dpo_trainer", None)
+    with pytest.raises(ImportError, match=r'pip install "napo-loss\[trl\]"'):
+        runpy.run_path(napo_loss.trl.__file__)
+
+
 def test_missing_columns_are_named(tmp_path):
+    for kind, data in (("text", tiny.text_pairs(4)), ("vision", tiny.vision_pairs(4))):
+        with pytest.raises(ValueError, match="the dataset lacks the column 'image_only'"):
+            trainer_for(kind, tmp_path, eval_dataset={"held out": data.remove_columns("image_only")})
     with pytest.raises(ValueError, match="the dataset lacks the column 'image_only'"):
         trainer_for("text", tmp_path, columns=["rejected"], negatives={"rejected": {}, "image_only": {}})
     data = tiny.text_pairs(4).remove_columns("prompt")
