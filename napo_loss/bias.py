@@ -1,0 +1,195 @@
+"""Biased negatives: take away the image or the question, and let the model itself answer what is left.
+
+The construction of the paper's RLAIF-V-Bias data, for any Hugging Face vision-language model and processor.
+``question_only`` is the answer without the image's information (language bias), ``image_only`` the answer
+without the question's (vision bias).
+
+    >>> from napo_loss.bias import add_biased_negatives, natural_noise
+    >>> dataset = add_biased_negatives(dataset, model, processor, cache_dir="runs/bias")  # doctest: +SKIP
+    >>> natural_noise(dataset)  # doctest: +SKIP
+    {'question_only': 0.06, 'image_only': 0.02}
+
+Needs ``datasets``, ``pillow`` and ``transformers`` (``pip install napo-loss[trl]``), imported when called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from napo_loss.bias_answers import KINDS, Answers, answer_all, evaluation
+from napo_loss.bias_cache import dataset_digest, model_digest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ImageRemoval = Literal["mask", "noise", "blank", "crop"]
+QUESTION = r"(?s)^(?:.*?\b(?:USER|Question):)?(?P<question>.*?)(?:\b(?:ASSISTANT|Answer):)?\s*$"
+"""What a plain-text prompt asks: all of it, without the role markers of the usual plain-text templates."""
+
+
+@dataclass(frozen=True)
+class BiasSettings:
+    """How the negatives are made, beside which and from what.
+
+    Attributes:
+        instruction: the neutral text that replaces the question for ``image_only``.
+        max_new_tokens: length of an answer.
+        temperature: 0 is greedy; above, answers are sampled with one seed per batch.
+        seed: of noise, crops and sampling.
+        crop_area: smallest and largest share of the area that ``"crop"`` keeps, as published.
+        question_pattern: regular expression whose group ``question`` is the question in a plain-text prompt.
+    """
+
+    instruction: str = "Describe the image."
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+    crop_area: tuple[float, float] = (0.01, 0.20)
+    question_pattern: str = QUESTION
+
+    def __post_init__(self):
+        if not self.instruction.strip():
+            raise ValueError("BiasSettings.instruction must not be empty: the model has to be asked something")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"BiasSettings.max_new_tokens must be >= 1, got {self.max_new_tokens}")
+        if not self.temperature >= 0:
+            raise ValueError(f"BiasSettings.temperature must be >= 0, got {self.temperature}")
+        if self.seed < 0:
+            raise ValueError(f"BiasSettings.seed must be >= 0, got {self.seed}")
+        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
+            raise ValueError(f"BiasSettings.crop_area must rise within (0, 1], got {self.crop_area}")
+        if "question" not in re.compile(self.question_pattern).groupindex:
+            raise ValueError("BiasSettings.question_pattern needs a group named 'question'")
+
+
+def add_biased_negatives(
+    dataset: Dataset,
+    model: Any,
+    processor: Any,
+    *,
+    kinds: Sequence[str] = KINDS,
+    image_removal: ImageRemoval = "mask",
+    settings: BiasSettings | None = None,
+    batch_size: int = 8,
+    cache_dir: str | Path | None = None,
+) -> Dataset:
+    """The dataset with one more column per kind of biased negative, each in the format of ``chosen``.
+
+    Args:
+        dataset: columns ``prompt``, ``chosen`` and ``images`` (a list) or ``image``. Prompts are plain text
+            with the processor's image placeholders, or conversational.
+        model: any model with ``generate``. It stays on its device; its training mode is restored.
+        processor: the model's processor: image processor, tokenizer and, for conversations, chat template.
+        kinds: ``"question_only"``, ``"image_only"`` or both.
+        image_removal: what ``question_only`` sees. ``"mask"``: every pixel at the image's mean colour;
+            ``"blank"``: black; ``"noise"``: uniform noise; ``"crop"``: a random crop with 1-20 % of the area,
+            resized back, which is what the published code trains with and which leaves some information.
+        settings: the rest, see :class:`BiasSettings`.
+        batch_size: prompts generated at once.
+        cache_dir: folder for one JSON-lines file per kind. An interrupted run continues from there; a file of
+            another dataset, model or setting is refused.
+
+    Returns:
+        A new dataset; the rows and the other columns are untouched.
+
+    Raises:
+        ValueError: on missing or already present columns, unknown kinds or modes, image placeholders that do
+            not match the images, or a ``cache_dir`` of another run.
+        TypeError: where dataset, model, processor or an image is of the wrong kind.
+
+    Note:
+        Noise and crops depend on the seed and the row alone. Greedy answers do not depend on where a run was
+        resumed, nor on the batch size up to rounding (padding moves sums; a near-tie may then fall the other
+        way). Sampled answers do depend on the batch size, which the cache then insists on.
+        Of a conversation, the text of every user turn is replaced; earlier assistant turns stay.
+    """
+    settings = settings or BiasSettings()
+    _check(dataset, model, processor, kinds, image_removal, batch_size)
+    run = {
+        "dataset": dataset_digest(dataset),
+        "model": model_digest(model),
+        **asdict(settings),
+        "crop_area": list(settings.crop_area),
+        "image_removal": image_removal,
+        "batch_size": batch_size if settings.temperature > 0 else None,
+    }
+    columns = {}
+    with evaluation(model):
+        for kind in kinds:
+            cache = None if cache_dir is None else Path(cache_dir) / f"{kind}.jsonl"
+            generate = Answers(model, processor, kind, image_removal, settings)
+            columns[kind] = answer_all(dataset, generate, batch_size, cache, run)
+    chosen = dataset[0]["chosen"] if len(dataset) else ""
+    for kind, answers in columns.items():
+        dataset = dataset.add_column(kind, [_like(chosen, a) for a in answers])
+    return dataset
+
+
+def natural_noise(dataset: Dataset, kinds: Sequence[str] = KINDS) -> dict[str, float]:
+    """Share of negatives per column which are in fact right: the same text as ``chosen``.
+
+    Case, white space and closing punctuation do not count. A right answer in other words is not seen, so this
+    is a lower bound. Columns that the dataset lacks are left out.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> natural_noise(Dataset.from_dict({"chosen": ["A bear.", "Two."], "question_only": ["a  bear", "One."]}))
+        {'question_only': 0.5}
+    """
+    present = [kind for kind in kinds if kind in dataset.column_names]
+    if not present or "chosen" not in dataset.column_names:
+        raise ValueError(f"dataset needs 'chosen' and one of kinds = {list(kinds)}, got {dataset.column_names}")
+    chosen = [_normal(x) for x in dataset["chosen"]]
+    return {
+        kind: sum(a == _normal(b) for a, b in zip(chosen, dataset[kind], strict=True)) / max(len(chosen), 1)
+        for kind in present
+    }
+
+
+def _like(chosen: Any, answer: str) -> Any:
+    """``answer`` as ``chosen`` is written: a string, or a conversation of one assistant turn."""
+    if isinstance(chosen, str):
+        return answer
+    parts = not isinstance(chosen[0]["content"], str)
+    return [{"role": "assistant", "content": [{"type": "text", "text": answer}] if parts else answer}]
+
+
+def _normal(answer: Any) -> str:
+    if not isinstance(answer, str):
+        contents = [m["content"] for m in answer]
+        answer = " ".join(c if isinstance(c, str) else " ".join(p.get("text") or "" for p in c) for c in contents)
+    return " ".join(answer.casefold().split()).rstrip(".!?")
+
+
+def _check(dataset: Any, model: Any, processor: Any, kinds: Sequence[str], image_removal: str, batch_size: int):
+    try:
+        import PIL  # noqa: F401
+        import transformers  # noqa: F401
+        from datasets import Dataset
+    except ImportError as error:
+        raise ImportError(
+            "napo_loss.bias needs datasets, pillow and transformers: pip install napo-loss[trl]"
+        ) from error
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"dataset must be a datasets.Dataset (one split), got {type(dataset).__name__}")
+    if not hasattr(model, "generate"):
+        raise TypeError(f"model must have a generate method, got {type(model).__name__}")
+    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
+        raise TypeError(f"processor must hold a tokenizer and an image processor, got {type(processor).__name__}")
+    if isinstance(kinds, str) or not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
+        raise ValueError(f"kinds must be one or both of {KINDS}, got {kinds!r}")
+    if image_removal not in get_args(ImageRemoval):
+        raise ValueError(f"image_removal must be one of {get_args(ImageRemoval)}, got {image_removal!r}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
+    columns = set(dataset.column_names)
+    if missing := {"prompt", "chosen"} - columns:
+        raise ValueError(f"dataset lacks the columns {sorted(missing)}, it has {dataset.column_names}")
+    if len({"images", "image"} & columns) != 1:
+        raise ValueError(f"dataset needs a column 'images' or 'image', it has {dataset.column_names}")
+    if taken := columns & set(kinds):
+        raise ValueError(f"dataset has the columns {sorted(taken)} already: remove them, or ask for other kinds")

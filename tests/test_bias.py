@@ -1,0 +1,331 @@
+"""Biased negatives with a real (tiny, random) LLaVA: what the model gets to see, what comes back, and resuming."""
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+datasets = pytest.importorskip("datasets")
+from PIL import Image  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor  # noqa: E402
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
+
+from napo_loss.bias import BiasSettings, add_biased_negatives, natural_noise  # noqa: E402
+from napo_loss.bias_answers import Answers  # noqa: E402
+from napo_loss.bias_removal import remove_image  # noqa: E402
+
+TEXT = "USER: ASSISTANT: what who is this that here ? Describe the image. a b c d e f"
+WORDS = ["<pad>", "<eos>", "<unk>", "<image>", *TEXT.split()]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for p in m['content'] %}{{ '<image>' if p['type'] == 'image' else p['text'] }} {% endfor %}{% endif %}"
+    "{% endfor %}{{ 'ASSISTANT:' if add_generation_prompt }}"
+)
+SHORT = BiasSettings(max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="right",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    images = CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
+    return LlavaProcessor(
+        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**size, image_size=16, patch_size=8, projection_dim=32, initializer_factor=20.0),
+        text_config=LlamaConfig(**size, vocab_size=len(WORDS), pad_token_id=0, eos_token_id=1, initializer_range=0.5),
+        image_token_index=3, vision_feature_layer=-1, vision_feature_select_strategy="default", image_seq_length=4,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8))
+
+
+def strings(n: int = 6, images: int = 1):
+    questions = ["what is this ?", "who is that ?", "what is here ?"]
+    return datasets.Dataset.from_dict(
+        {
+            "prompt": [f"USER: {'<image> ' * images}\n{questions[i % 3]} ASSISTANT:" for i in range(n)],
+            "images": [[picture(10 * i + k) for k in range(images)] for i in range(n)],
+            "chosen": ["a b"] * n,
+            "rejected": ["c"] * n,
+        },
+        features=datasets.Features(
+            {
+                "prompt": datasets.Value("string"),
+                "images": datasets.List(datasets.Image()),
+                "chosen": datasets.Value("string"),
+                "rejected": datasets.Value("string"),
+            }
+        ),
+    )
+
+
+def conversations(parts: bool, n: int = 3):
+    def content(text, image=False):
+        return ([{"type": "image"}] * image + [{"type": "text", "text": text}]) if parts else text
+
+    return datasets.Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": content("what is this ?" if i else "who is that ?", True)}],
+                "image": picture(i),
+                "chosen": [{"role": "assistant", "content": content("a b")}],
+                "rejected": [{"role": "assistant", "content": content("c")}],
+            }
+            for i in range(n)
+        ]
+    )
+
+
+@pytest.fixture
+def seen(model, monkeypatch):
+    """What reaches ``model.generate``, one entry per batch."""
+    batches, generate = [], type(model).generate
+
+    def record(self, **inputs):
+        batches.append(inputs)
+        return generate(self, **inputs)
+
+    monkeypatch.setattr(type(model), "generate", record)
+    return batches
+
+
+def test_each_negative_misses_its_modality(model, processor, seen):
+    data = strings()
+    result = add_biased_negatives(data, model, processor, image_removal="blank", settings=SHORT, batch_size=6)
+    assert result.column_names == [*data.column_names, "question_only", "image_only"]
+    assert result.select_columns(data.column_names)[:]["prompt"] == data["prompt"]
+    assert all(isinstance(x, str) for x in [*result["question_only"], *result["image_only"]])
+
+    blind, deaf = seen
+    assert (blind["pixel_values"] == blind["pixel_values"][0]).all()
+    assert result["question_only"][:3] == result["question_only"][3:]  # the questions repeat, the images do not
+    assert (deaf["input_ids"] == deaf["input_ids"][0]).all()
+    assert not (deaf["pixel_values"] == deaf["pixel_values"][0]).all()
+    text = processor.tokenizer.decode(deaf["input_ids"][0])
+    assert text == "USER: " + "<image> " * 4 + "Describe the image. ASSISTANT:"
+
+
+@pytest.mark.parametrize("mode", ["mask", "noise", "blank", "crop"])
+@pytest.mark.parametrize("colour", ["RGB", "L"])
+def test_image_removal(mode, colour):
+    image = picture(0).convert(colour)
+    first, second = (np.asarray(remove_image(image, mode, np.random.default_rng(s))) for s in (0, 1))
+    assert first.shape == np.asarray(image).shape
+    if mode in ("mask", "blank"):
+        assert (first == first[0, 0]).all()
+        assert np.allclose(first[0, 0], np.asarray(image).mean((0, 1)) if mode == "mask" else 0, atol=0.51)
+    else:
+        assert (first != second).any()
+        again = np.asarray(remove_image(image, mode, np.random.default_rng(0)))
+        assert (first == again).all()
+
+
+def test_crop_keeps_its_share_of_the_area():
+    corner = Image.fromarray(np.indices((100, 100)).sum(0).astype(np.uint8))
+    for seed in range(20):
+        crop = np.asarray(remove_image(corner, "crop", np.random.default_rng(seed)), dtype=float)
+        height, width = np.ptp(crop[:, 0]), np.ptp(crop[0])  # one grey level a pixel
+        assert 0.003 < height * width / 100**2 < 0.23
+
+
+@pytest.mark.parametrize("mode", ["noise", "crop"])
+def test_noise_and_crops_depend_on_the_row_alone(model, processor, seen, mode):
+    for batch_size in (2, 5, 2):
+        kwargs = {"kinds": ["question_only"], "image_removal": mode, "settings": SHORT, "batch_size": batch_size}
+        add_biased_negatives(strings(5), model, processor, **kwargs)
+    pixels = torch.cat([batch["pixel_values"] for batch in seen]).view(3, 5, -1)
+    assert (pixels == pixels[0]).all()
+    assert len({tuple(x.tolist()) for x in pixels[0]}) == 5
+
+
+@pytest.mark.parametrize("parts", [True, False])
+def test_conversations(model, processor, seen, parts):
+    data = conversations(parts)
+    result = add_biased_negatives(data, model, processor, settings=SHORT, batch_size=3)
+    for kind in ("question_only", "image_only"):
+        for answer in result[kind]:
+            assert [m["role"] for m in answer] == ["assistant"]
+            assert isinstance(answer[0]["content"], list if parts else str)
+    assert seen[0]["pixel_values"].shape[0] == 3
+    questions = [processor.tokenizer.decode(ids) for ids in seen[0]["input_ids"]]
+    assert "who is that ?" in questions[0]
+    assert "Describe the image." in processor.tokenizer.decode(seen[1]["input_ids"][0])
+    assert all("?" not in processor.tokenizer.decode(ids) for ids in seen[1]["input_ids"])
+
+
+def test_several_images(model, processor, seen):
+    add_biased_negatives(strings(3, images=2), model, processor, settings=SHORT, batch_size=3)
+    for batch in seen:
+        assert batch["pixel_values"].shape[0] == 6
+        assert (batch["input_ids"] == 3).sum().item() == 3 * 2 * 4
+
+
+def test_prompts_are_padded_on_the_left(model, processor):
+    data = strings(3)
+    prompts = [data[0]["prompt"], data[1]["prompt"].replace("who is that ?", "who ?"), data[2]["prompt"]]
+    data = data.remove_columns("prompt").add_column("prompt", prompts)
+    together, alone = (add_biased_negatives(data, model, processor, settings=SHORT, batch_size=b) for b in (3, 1))
+    assert together["question_only"] == alone["question_only"]
+
+
+def test_greedy_is_greedy_whatever_the_checkpoint_says(model, processor, monkeypatch):
+    plain = add_biased_negatives(strings(), model, processor, settings=SHORT)
+    for name, value in {"do_sample": True, "temperature": 5.0, "num_beams": 2, "repetition_penalty": 9.0}.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    assert add_biased_negatives(strings(), model, processor, settings=SHORT)[:] == plain[:]
+    sampled = BiasSettings(max_new_tokens=4, temperature=2.0)
+    assert add_biased_negatives(strings(), model, processor, settings=sampled)[:] != plain[:]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_an_interrupted_run_continues(model, processor, tmp_path, monkeypatch, temperature):
+    settings = BiasSettings(max_new_tokens=4, temperature=temperature)
+    data, kwargs = strings(9), {"settings": settings, "batch_size": 2, "image_removal": "noise"}
+    whole = add_biased_negatives(data, model, processor, **kwargs)
+    generate, calls = type(model).generate, []
+
+    def fail_at_eighth(self, **inputs):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return generate(self, **inputs)
+
+    monkeypatch.setattr(type(model), "generate", fail_at_eighth)
+    with pytest.raises(KeyboardInterrupt):
+        add_biased_negatives(data, model, processor, cache_dir=tmp_path, **kwargs)
+    with (tmp_path / "image_only.jsonl").open("a") as file:
+        file.write('"torn in the mid')
+    resumed = add_biased_negatives(data, model, processor, cache_dir=tmp_path, **kwargs)
+    assert len(calls) == 8 + 3  # five batches of the first kind and two of the second were there
+    assert resumed[:]["question_only"] == whole[:]["question_only"]
+    assert resumed[:]["image_only"] == whole[:]["image_only"]
+    add_biased_negatives(data, model, processor, cache_dir=tmp_path, **kwargs)
+    assert len(calls) == 8 + 3
+
+
+def test_a_cache_serves_one_run_only(model, processor, tmp_path):
+    def run(data, **settings):
+        settings = BiasSettings(max_new_tokens=2, **settings)
+        add_biased_negatives(data, model, processor, settings=settings, kinds=["image_only"], cache_dir=tmp_path)
+
+    run(strings(4))
+    run(strings(4))
+    with pytest.raises(ValueError, match=r"cache_dir.*instruction"):
+        run(strings(4), instruction="what ?")
+    with pytest.raises(ValueError, match=r"cache_dir.*dataset"):
+        run(strings(4).select([1, 0, 2, 3]))
+    weight = model.model.language_model.norm.weight
+    with torch.no_grad():
+        weight.add_(1.0)
+    with pytest.raises(ValueError, match=r"cache_dir.*model"):
+        run(strings(4))
+    with torch.no_grad():
+        weight.sub_(1.0)
+
+
+def test_model_and_random_state_are_left_as_they_were(model, processor):
+    model.train()
+    model.model.vision_tower.eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    add_biased_negatives(strings(2), model, processor, settings=BiasSettings(max_new_tokens=2, temperature=1.0))
+    assert [module.training for module in model.modules()] == modes
+    assert (torch.get_rng_state() == state).all()
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"kinds": "question_only"}, ValueError, "kinds"),
+        ({"kinds": []}, ValueError, "kinds"),
+        ({"kinds": ["question_only", "both"]}, ValueError, "kinds"),
+        ({"image_removal": "blur"}, ValueError, "image_removal"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"dataset": [{"prompt": "x"}]}, TypeError, "dataset"),
+        ({"dataset": strings().remove_columns("chosen")}, ValueError, "chosen"),
+        ({"dataset": strings().remove_columns("images")}, ValueError, "images"),
+        ({"dataset": strings().rename_column("rejected", "image_only")}, ValueError, "image_only"),
+        ({"model": object()}, TypeError, "model"),
+        ({"processor": object()}, TypeError, "processor"),
+        ({"dataset": strings(2).map(lambda _: {"prompt": "no placeholder"})}, ValueError, "placeholders"),
+        ({"settings": BiasSettings(question_pattern="(?P<question>xyz)")}, ValueError, "question_pattern"),
+    ],
+)
+def test_bad_input(model, processor, kwargs, error, match):
+    arguments = {"dataset": strings(2), "model": model, "processor": processor} | kwargs
+    positional = [arguments.pop(name) for name in ("dataset", "model", "processor")]
+    with pytest.raises(error, match=match):
+        add_biased_negatives(*positional, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("instruction", " "), ("max_new_tokens", 0), ("temperature", -1.0), ("seed", -1), ("crop_area", (0.3, 0.1)),
+        ("question_pattern", "(.*)"),
+    ],
+)  # fmt: skip
+def test_bad_settings(name, value):
+    with pytest.raises(ValueError, match=name):
+        BiasSettings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("<image>\nWhat is it?", "<image>\nDescribe the image."),
+        ("USER: <image> <image>\nWhat? ASSISTANT:", "USER: <image> <image>\nDescribe the image. ASSISTANT:"),
+        (
+            "A chat. USER: Is <image> like <image>? ASSISTANT: ",
+            "A chat. USER: Describe the image. <image>  <image> ASSISTANT: ",
+        ),
+        ("<image>", "<image>Describe the image."),
+    ],
+)
+def test_questions_in_plain_text(model, processor, prompt, expected):
+    answers = Answers(model, processor, "image_only", "mask", BiasSettings())
+    assert answers._text(prompt, prompt.count("<image>"), 0) == expected
+
+
+def test_natural_noise():
+    def turn(text):
+        return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+
+    data = {"chosen": [turn("A bear."), turn("two")], "image_only": [turn("a  BEAR"), turn("three")]}
+    assert natural_noise(datasets.Dataset.from_dict(data)) == {"image_only": 0.5}
+    with pytest.raises(ValueError, match="kinds"):
+        natural_noise(datasets.Dataset.from_dict({"chosen": ["x"]}))
+
+
+def test_napo_loss_alone_needs_none_of_this():
+    code = "import sys, napo_loss; assert not {'napo_loss.bias', 'datasets', 'transformers', 'trl'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys, napo_loss.bias; assert not {'datasets', 'transformers', 'trl', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
