@@ -1,0 +1,38 @@
+"""What the demo compares, and on which scale. The learning rates are those that ``demo_tune.py`` chose."""
+
+from __future__ import annotations
+
+from demo_train import Arm, Scale
+
+PAPER_WEIGHTS = {"rejected": 0.04, "question_only": 0.48, "image_only": 0.48}
+BY_MEAN, BY_SUM = {"alpha": 0.5, "margin": "mean"}, {"alpha": 0.01, "margin": "sum"}
+NEGATIVES = {
+    "DPO": {"rejected": {"q": 0.0}},
+    "DPO, group": {name: {"q": 0.0, "weight": weight} for name, weight in PAPER_WEIGHTS.items()},
+    "NaPO": {
+        "rejected": {"q": 0.0, "weight": 0.04},
+        "question_only": {**BY_MEAN, "weight": 0.48},
+        "image_only": {**BY_SUM, "weight": 0.48},
+    },
+    "DPO, group, equal weights": {name: {"q": 0.0, "weight": 1 / 3} for name in PAPER_WEIGHTS},
+    "NaPO, equal weights": {
+        "rejected": {**BY_MEAN, "weight": 1 / 3},
+        "question_only": {**BY_MEAN, "weight": 1 / 3},
+        "image_only": {**BY_SUM, "weight": 1 / 3},
+    },
+}
+"""``DPO`` sees the rejected alone; ``group`` the biased negatives too, and q = 0 shows what these bring by themselves.
+``NaPO`` has the paper's q, α and weights. ``equal weights``: a third each, and the rejected are noise-aware too."""
+
+BETA = 0.3
+LEARNING_RATES = {
+    "DPO": 1e-3,
+    "DPO, group": 1e-4,
+    "NaPO": 3e-4,
+    "DPO, group, equal weights": 1e-3,
+    "NaPO, equal weights": 3e-4,
+}
+ARMS = [Arm(name, negatives, LEARNING_RATES[name], BETA) for name, negatives in NEGATIVES.items()]
+
+SCALE = Scale(pretrain_steps=200, cue=0.98, pairs=1200, flipped=0.25, steps=160, batch=32, evaluations=4)
+QUICK = Scale(pretrain_steps=20, cue=0.97, pairs=40, flipped=0.25, steps=4, batch=8, evaluations=2)
