@@ -79,4 +79,4 @@ def sequence_logps(
     check_backend(backend)
     inplace = inplace_backward and not torch.compiler.is_compiling()
     sums, lengths, _ = ops.sequence_logps(logits, labels, token_weights, int(shift), ignore_index, inplace, backend)
-    return SequenceLogps(sums, lengths)
+    return SequenceLogps(sums, lengths.detach())

@@ -94,6 +94,8 @@ def test_autocast_and_no_grad():
     torch.testing.assert_close(half, plain, rtol=1e-2, atol=1e-2)
     with torch.no_grad():
         assert not sequence_logps(logits, labels).sum.requires_grad
+    assert out.sum.requires_grad
+    assert not out.length.requires_grad
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
