@@ -112,6 +112,15 @@ def check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits must be a non-empty [N, T, V] tensor, got shape {list(logits.shape)}")
 
 
+def check_writable(logits: Tensor) -> None:
+    """Writing over an expanded tensor would write several gradients to one place."""
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError(
+            f"inplace_backward=True needs logits with an element of their own at every index, got an expanded tensor "
+            f"of shape {list(logits.shape)} and strides {list(logits.stride())}"
+        )
+
+
 def check_labels(labels: Tensor, logits: Tensor) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from napo_loss import ops
-from napo_loss.checks import check_backend, check_labels, check_like, check_logits
+from napo_loss.checks import check_backend, check_labels, check_like, check_logits, check_writable
 from napo_loss.types import SequenceLogps
 
 
@@ -73,6 +73,8 @@ def sequence_logps(
     """
     check_logits(logits)
     check_labels(labels, logits)
+    if inplace_backward:
+        check_writable(logits)
     if token_weights is not None:
         check_like("token_weights", token_weights, "labels", labels, labels.shape)
         token_weights = token_weights.detach()

@@ -238,6 +238,11 @@ LOGITS, LABELS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
         ({"labels": LABELS.to("meta")}, ValueError, "labels is on meta, but logits is on cpu"),
         ({"token_weights": torch.ones(2)}, ValueError, r"token_weights must have shape \[2, 3\].*, got \[2\]"),
         ({"token_weights": LABELS}, TypeError, "token_weights must be a floating-point tensor"),
+        (
+            {"logits": LOGITS[:1].expand(2, 3, 5), "inplace_backward": True},
+            ValueError,
+            "got an expanded tensor of shape",
+        ),
         ({"backend": "cuda"}, ValueError, "backend must be 'auto', 'triton' or 'eager', got 'cuda'"),
     ],
 )
