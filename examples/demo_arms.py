@@ -1,4 +1,4 @@
-"""What the demo compares, and on which scale. The learning rates are those that ``demo_tune.py`` chose."""
+"""What the demo compares, and on which scale. β and learning rates are those that ``demo_tune.py`` chose."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ NEGATIVES = {
 """``DPO`` sees the rejected alone; ``group`` the biased negatives too, and q = 0 shows what these bring by themselves.
 ``NaPO`` has the paper's q, α and weights. ``equal weights``: a third each, and the rejected are noise-aware too."""
 
-BETA = 0.3
-LEARNING_RATES = {
-    "DPO": 1e-3,
-    "DPO, group": 1e-4,
-    "NaPO": 3e-4,
-    "DPO, group, equal weights": 1e-3,
-    "NaPO, equal weights": 3e-4,
+CHOSEN = {
+    "DPO": (0.1, 3e-4),
+    "DPO, group": (0.3, 1e-4),
+    "NaPO": (1.0, 1e-3),
+    "DPO, group, equal weights": (0.3, 1e-3),
+    "NaPO, equal weights": (0.3, 3e-4),
 }
-ARMS = [Arm(name, negatives, LEARNING_RATES[name], BETA) for name, negatives in NEGATIVES.items()]
+"""β and learning rate of each arm: its own best on validation pictures, see ``demo_tune.py``."""
+ARMS = [Arm(name, negatives, CHOSEN[name][1], CHOSEN[name][0]) for name, negatives in NEGATIVES.items()]
 
 SCALE = Scale(pretrain_steps=200, cue=0.98, pairs=1200, flipped=0.25, steps=160, batch=32, evaluations=4)
 QUICK = Scale(pretrain_steps=20, cue=0.97, pairs=40, flipped=0.25, steps=4, batch=8, evaluations=2)

@@ -15,11 +15,13 @@ import numpy as np
 COLUMNS = {
     "conflict": "person's favourite\n≠ picture",
     "next": "usual question\n≠ this question",
+    "aligned": "person's favourite\n= picture",
+    "this": "usual question\n= this question",
     "overall": "all questions",
     "same without image": "same answer\nwithout image",
     "same without question": "same answer\nwithout question",
 }
-"""What the table shows, in percent: accuracies where language and vision bias are wrong, and how the model relies."""
+"""What the table shows, in percent: accuracies where a bias is wrong, and right; and how far the answers rest on it."""
 DIFFERENCES = ["NaPO minus DPO", "NaPO minus DPO, group", "the same, equal weights"]
 COLOURS = ["#8c8c8c", "#4c78a8", "#e4572e", "#9ecae9", "#f5b08c"]
 Q_COLOURS = {"question_only": "#b279a2", "image_only": "#54a24b"}

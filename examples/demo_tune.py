@@ -2,10 +2,14 @@
 
     python examples/demo_tune.py    # about fifteen minutes; writes results/tuning.json
 
-Every arm is run with the same learning rates and β on two seeds which the demo does not report. Each arm gets the
-learning rate with the best overall validation accuracy; β, shared by all, is the one under which the arms, each with
-its own learning rate, do best on average (plain DPO alone would like a smaller one, NaPO a larger one: see the file).
-α, q and weights are not tuned. No test picture is looked at.
+Every arm is run over the same grid of learning rates and β on two seeds which the demo does not report, and gets the
+point with the best overall validation accuracy. α, q and weights are not tuned. No test picture is looked at.
+
+What was decided after seeing validation numbers, and so is not blind: the scale (an earlier task with smaller patches,
+fewer pairs and an own grid hardly moved any arm and was dropped); the range of the grid, which moved to smaller
+learning rates and β; and the two arms with equal weights. An earlier version shared one β between the arms, which
+suited NaPO better than plain DPO. The committed file was put together from three sessions over the same seeds, each
+point run once.
 """
 
 from __future__ import annotations
@@ -29,27 +33,26 @@ def grid() -> list[Arm]:
     return [Arm(f"{name} | {beta} | {lr}", negatives, lr, beta) for (name, negatives), beta, lr in points]
 
 
-def choose(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def choose(validation: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """For each arm the β and learning rate with the best overall accuracy."""
+    chosen = {}
+    for name in NEGATIVES:
+        points = itertools.product(BETAS, LEARNING_RATES)
+        beta, rate = max(points, key=lambda point: validation[f"{name} | {point[0]} | {point[1]}"]["overall"])
+        chosen[name] = {"beta": beta, "learning_rate": rate}
+    return {"validation": validation, "chosen": chosen, "seeds": SEEDS}
+
+
+def means(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     def mean(arm: Arm, column: str) -> float:
         return round(sum(run["arms"][arm.name]["curve"][-1][column] for run in runs) / len(runs), 4)
 
-    overall = {arm.name: mean(arm, "overall") for arm in grid()}
-
-    def best(name: str, beta: float) -> float:
-        return max(LEARNING_RATES, key=lambda rate: overall[f"{name} | {beta} | {rate}"])
-
-    beta = max(BETAS, key=lambda beta: sum(overall[f"{name} | {beta} | {best(name, beta)}"] for name in NEGATIVES))
-    return {
-        "validation": {arm.name: {c: mean(arm, c) for c in ("overall", "conflict", "next")} for arm in grid()},
-        "beta": beta,
-        "learning_rates": {name: best(name, beta) for name in NEGATIVES},
-        "seeds": SEEDS,
-    }
+    return {arm.name: {c: mean(arm, c) for c in ("overall", "conflict", "next")} for arm in grid()}
 
 
 def main() -> None:
     scale: Scale = replace(SCALE, evaluations=1)
-    result = choose(demo.run_seeds(SEEDS, grid(), scale, "validation", workers=2))
+    result = choose(means(demo.run_seeds(SEEDS, grid(), scale, "validation", workers=2)))
     (demo.RESULTS / "tuning.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
