@@ -1,10 +1,12 @@
 """Noise-Aware Preference Optimization (CVPR 2025, arXiv:2503.17928) as a standalone loss."""
 
 from napo_loss._version import __version__
+from napo_loss.linear import linear_sequence_logps
 from napo_loss.logps import sequence_logps
 from napo_loss.objective import napo_loss, noise_aware_dpo_loss, noise_level
 from napo_loss.types import (
     PAPER_NEGATIVES,
+    LowRank,
     NaPOLoss,
     Negative,
     PreferenceLoss,
@@ -14,12 +16,14 @@ from napo_loss.types import (
 
 __all__ = [
     "PAPER_NEGATIVES",
+    "LowRank",
     "NaPOLoss",
     "Negative",
     "PreferenceLoss",
     "Recipe",
     "SequenceLogps",
     "__version__",
+    "linear_sequence_logps",
     "napo_loss",
     "noise_aware_dpo_loss",
     "noise_level",

@@ -104,12 +104,19 @@ def check_estimator(bounds: tuple[float, float], reduction: str, decay: float) -
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_logits(logits: Tensor) -> None:
+def check_positions(name: str, x: Tensor, last: str, packed: bool) -> None:
+    """``[N, T, last]``, or ``[total, last]`` where sequences are packed."""
+    check_tensor(name, x)
+    if x.dim() != (2 if packed else 3) or x.numel() == 0:
+        axes = f"[total, {last}] tensor with cu_seqlens" if packed else f"[N, T, {last}] tensor"
+        raise ValueError(f"{name} must be a non-empty {axes}, got shape {list(x.shape)}")
+
+
+def check_logits(logits: Tensor, packed: bool = False) -> None:
     check_tensor("logits", logits)
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
-    if logits.dim() != 3 or logits.numel() == 0:
-        raise ValueError(f"logits must be a non-empty [N, T, V] tensor, got shape {list(logits.shape)}")
+    check_positions("logits", logits, "V", packed)
 
 
 def check_writable(logits: Tensor) -> None:
@@ -121,17 +128,75 @@ def check_writable(logits: Tensor) -> None:
         )
 
 
-def check_labels(labels: Tensor, logits: Tensor) -> None:
+def check_labels(labels: Tensor, logits: Tensor, name: str = "logits") -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(
-            f"labels must have shape [N, T] = {list(logits.shape[:2])}, as logits asks, got {list(labels.shape)}"
-        )
+    expected = logits.shape[:-1]
+    if labels.shape != expected:
+        axes = "[N, T]" if len(expected) == 2 else "[total]"
+        raise ValueError(f"labels must have shape {axes} = {list(expected)}, as {name} asks, got {list(labels.shape)}")
     if labels.device != logits.device:
-        raise ValueError(f"labels is on {labels.device}, but logits is on {logits.device}")
+        raise ValueError(f"labels is on {labels.device}, but {name} is on {logits.device}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor) -> None:
+    """Offsets of packed sequences. Their values are looked at where that is free, on a CPU."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        given = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {given}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1, got {list(cu_seqlens.shape)}")
+    if cu_seqlens.device != labels.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, but labels is on {labels.device}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != len(labels) or sorted(offsets) != offsets:
+            raise ValueError(f"cu_seqlens must rise from 0 to total = {len(labels)}, got {offsets}")
+
+
+SHARDED = (
+    "{name} is {what}: its values are not all here. Call the model inside napo_loss.fused_head(model), which computes "
+    "log-probs inside the model's own forward, where FSDP2 and ZeRO-3 gather the head; or gather it yourself"
+)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None) -> None:
+    """``hidden [..., D]`` and the lm_head's tensors: whole, on one device, of one width and (autocast apart) dtype."""
+    check_tensor("hidden", hidden)
+    given = {"weight": weight}
+    given |= {} if bias is None else {"bias": bias}
+    given |= {} if low_rank is None else {"A": low_rank[0], "B": low_rank[1]}
+    for name, x in given.items():
+        check_tensor(name, x)
+        if hasattr(x, "full_tensor"):
+            raise TypeError(SHARDED.format(name=name, what="a DTensor"))
+        if x.numel() == 0:
+            raise ValueError(SHARDED.format(name=name, what=f"empty, shape {list(x.shape)}, as a ZeRO-3 shard"))
+        if x.device != hidden.device:
+            raise ValueError(f"{name} is on {x.device}, but hidden is on {hidden.device}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must have shape [V, D] with hidden's D = {hidden.shape[-1]}, got {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [V] = {list(weight.shape[:1])}, got {list(bias.shape)}")
+    if low_rank is not None:
+        A, B = low_rank
+        if A.dim() != 2 or A.shape[1] != weight.shape[1] or B.shape != (weight.shape[0], A.shape[0]):
+            raise ValueError(
+                f"A and B must have shapes [r, D] and [V, r] beside weight {list(weight.shape)}, got {list(A.shape)} "
+                f"and {list(B.shape)}"
+            )
+    if torch.is_autocast_enabled(hidden.device.type):
+        return
+    if hidden.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}; outside autocast nothing is cast"
+        )
 
 
 def check_backend(backend: str) -> None:

@@ -1,4 +1,4 @@
-"""The logits path in plain tensor operations, for CPUs and every device without Triton.
+"""The steps of both paths in plain tensor operations, for CPUs and every device without Triton.
 
 The same contract as the kernels: active rows only, a bounded number of them at a time, so that never more than
 ``CHUNK_BYTES`` of upcast logits exist beside the caller's.
@@ -11,6 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from napo_loss.factored import Head
+from napo_loss.gemm import blocks
+
 CHUNK_BYTES = 4 * 2**20
 """Upcast logits held at a time: a few rows of a large vocabulary, small enough to stay in a CPU's cache."""
 
@@ -20,7 +23,7 @@ def logps_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns ``sum [N]`` and ``length [N]``."""
     dtype = accumulation_dtype(logits)
-    _check_range(logits, labels, ignore_index)
+    check_range(labels, logits.shape[-1], ignore_index)
     logps = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
     for n, t, target, inside in _active_rows(logits, labels, shift, ignore_index):
         # One vectorised pass on a CPU, where logsumexp takes three.
@@ -85,14 +88,59 @@ def _aligned_weights(
     return torch.where(active, token_weights.to(dtype).roll(-shift, dims=1), 0)
 
 
-def _check_range(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
+def check_range(labels: Tensor, V: int, ignore_index: int) -> None:
     """On a CPU looking is free, so a bad label is an error; elsewhere it would cost a sync and is a NaN."""
     if labels.device.type != "cpu":
         return
-    V = logits.shape[-1]
     wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= V))]
     if wrong.numel():
         raise ValueError(
             f"labels must be in [0, {V}) or {ignore_index} (ignored), got {int(wrong[0])} "
             f"and {wrong.numel() - 1} more outside"
         )
+
+
+def linear_rows(x: Tensor, head: Head, targets: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Raw logits ``[rows, V]``, overwritten, to ``logp`` and ``lse``; D goes to ``out``, which may be ``x``."""
+    V = x.shape[1]
+    logp, lse = x.new_empty(len(x)), x.new_empty(len(x))
+    for part in blocks(len(x), CHUNK_BYTES // (V * x.element_size())):
+        z, target = x[part], targets[part, None].long()
+        slope = _shape_logits(z, head, slice(0, V))
+        inside = (target >= 0) & (target < V)
+        target = target.where(inside, 0)
+        peak = z.amax(1, keepdim=True)
+        hit = z.sub_(peak).gather(1, target).where(inside, torch.nan)
+        total = z.exp_().sum(1, keepdim=True)
+        lse[part] = (peak + total.log()).squeeze(1)
+        logp[part] = (hit - total.log()).squeeze(1)
+        if out is not None:
+            z.div_(-total).scatter_add_(1, target, inside.to(z.dtype))
+            out[part] = z if slope is None else z.mul_(slope)
+    return logp, lse
+
+
+def linear_block(x: Tensor, head: Head, columns: slice, targets: Tensor, lse: Tensor, w: Tensor, out: Tensor) -> None:
+    """Raw logits of some columns, overwritten, to ``w·D`` in ``out``, which may be ``x``."""
+    for part in blocks(len(x), CHUNK_BYTES // (x.shape[1] * x.element_size())):
+        z, target = x[part], targets[part, None].long() - columns.start
+        slope = _shape_logits(z, head, columns)
+        row_w = w[part, None]
+        z.sub_(lse[part, None]).exp_().mul_(-row_w)
+        inside = (target >= 0) & (target < x.shape[1])
+        z.scatter_add_(1, target.where(inside, 0), row_w.where(inside, 0))
+        out[part] = z if slope is None else z.mul_(slope)
+
+
+def _shape_logits(x: Tensor, head: Head, columns: slice) -> Tensor | None:
+    """Bias, logit scale and softcap in place; returns ``dz/dx``, None where it is 1."""
+    if head.bias is not None:
+        x += head.bias[columns]
+    if head.scale != 1:
+        x *= head.scale
+    if not head.softcap:
+        return None if head.scale == 1 else x.new_full((), head.scale)
+    x.div_(head.softcap).tanh_()
+    slope = (1 - x * x).mul_(head.scale)
+    x *= head.softcap
+    return slope

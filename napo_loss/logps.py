@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from napo_loss import ops
-from napo_loss.checks import check_backend, check_labels, check_like, check_logits, check_writable
+from napo_loss.checks import (
+    check_backend,
+    check_cu_seqlens,
+    check_labels,
+    check_like,
+    check_logits,
+    check_writable,
+)
+from napo_loss.tokens import Packing, per_sequence, targets
 from napo_loss.types import SequenceLogps
 
 
@@ -19,6 +27,7 @@ def sequence_logps(
     token_weights: Tensor | None = None,
     shift: bool = True,
     ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
     inplace_backward: bool = False,
     backend: Literal["auto", "triton", "eager"] = "auto",
 ) -> SequenceLogps:
@@ -35,6 +44,9 @@ def sequence_logps(
         token_weights: ``[N, T]``, aligned with ``labels``; weighs each token's log-prob. Not differentiated.
         shift: ``False`` where position t of the logits predicts label t already.
         ignore_index: the label that does not count.
+        cu_seqlens: ``[N + 1]``, int32 or int64, rising from 0 to total: sequences are packed, without padding, into
+            ``logits [total, V]``, ``labels [total]`` and ``token_weights [total]``. No sequence predicts the first
+            token of the next. Wrong offsets are an error on a CPU and NaN on a GPU.
         inplace_backward: write the gradient over the logits, which saves their size in memory. Only when
             nothing else reads the logits, the last layer's backward included. Under ``torch.compile``
             ignored: there the compiler plans memory.
@@ -71,8 +83,11 @@ def sequence_logps(
     Source:
         The factored gradient is the softmax cross-entropy's; the convention is transformers'.
     """
-    check_logits(logits)
+    packed = cu_seqlens is not None
+    check_logits(logits, packed)
     check_labels(labels, logits)
+    if packed:
+        check_cu_seqlens(cu_seqlens, labels)
     if inplace_backward:
         check_writable(logits)
     if token_weights is not None:
@@ -80,5 +95,11 @@ def sequence_logps(
         token_weights = token_weights.detach()
     check_backend(backend)
     inplace = inplace_backward and not torch.compiler.is_compiling()
-    sums, lengths, _ = ops.sequence_logps(logits, labels, token_weights, int(shift), ignore_index, inplace, backend)
-    return SequenceLogps(sums, lengths.detach())
+    if not packed:
+        sums, lengths, _ = ops.sequence_logps(logits, labels, token_weights, int(shift), ignore_index, inplace, backend)
+        return SequenceLogps(sums, lengths.detach())
+    # Each position is a sequence of its own to the kernels; adding up `total` floats is cheap.
+    packing = Packing(cu_seqlens, labels.shape[0])
+    target = targets(labels, shift, ignore_index, packing)
+    logps, active, _ = ops.sequence_logps(logits[:, None], target[:, None], None, 0, ignore_index, inplace, backend)
+    return per_sequence(logps, active.detach() > 0, token_weights, shift, packing)

@@ -129,14 +129,14 @@ def _backward(ctx, grad_sum, grad_length, grad_lse):
 sequence_logps.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _no_double_backward(ctx, *grads):
+def no_double_backward(ctx, *grads):
     raise NotImplementedError(
         "the fused operators of napo_loss cannot be differentiated twice; for second derivatives use the "
         "functions of napo_loss.reference, which are plain autograd"
     )
 
 
-sequence_logps_backward.register_autograd(_no_double_backward)
+sequence_logps_backward.register_autograd(no_double_backward)
 
 
 @lru_cache(maxsize=64)
@@ -225,7 +225,7 @@ def _(grads, grad_losses):
     return torch.empty_like(grads)
 
 
-objective_backward.register_autograd(_no_double_backward)
+objective_backward.register_autograd(no_double_backward)
 
 
 def _objective_context(ctx, inputs, output):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from napo_loss.types import SequenceLogps
+from napo_loss.types import LowRank, SequenceLogps
 
 
 def sequence_logps(
@@ -39,6 +39,34 @@ def sequence_logps(
         sums.append((weight[active] * logps).sum())
         lengths.append(weight[active].sum())
     return SequenceLogps(torch.stack(sums), torch.stack(lengths))
+
+
+def linear_sequence_logps(
+    hidden: Tensor,
+    weight: Tensor | LowRank,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    **kwargs,
+) -> SequenceLogps:
+    """:func:`sequence_logps` of all the logits; see :func:`napo_loss.linear_sequence_logps`.
+
+    Example:
+        >>> import torch
+        >>> from napo_loss.reference import linear_sequence_logps
+        >>> linear_sequence_logps(torch.ones(1, 3, 2), torch.zeros(4, 2), torch.tensor([[-100, 2, 0]]))
+        SequenceLogps(sum=tensor([-2.7726]), length=tensor([2.]))
+    """
+    if isinstance(weight, LowRank):
+        weight = weight.weight + weight.scale * weight.B @ weight.A
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    if logit_scale is not None:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return sequence_logps(logits, labels, **kwargs)
 
 
 def noise_level(margin: Tensor, alpha: float = 0.01, low: float = 0.001, high: float = 1.0) -> Tensor:

@@ -80,6 +80,22 @@ def _join(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first.flatten(), second.flatten()])
 
 
+class LowRank(NamedTuple):
+    """An lm_head with LoRA factors beside it: ``weight + scale·B·A``, which is never formed.
+
+    Attributes:
+        weight: ``[V, D]``, usually frozen.
+        A: ``[r, D]``.
+        B: ``[V, r]``.
+        scale: PEFT's ``lora_alpha / r``.
+    """
+
+    weight: Tensor
+    A: Tensor
+    B: Tensor
+    scale: float = 1.0
+
+
 class PreferenceLoss(NamedTuple):
     """Per-sample losses and rewards: the triple that every DPO hook returns.
 

@@ -1,0 +1,88 @@
+"""Raw logits of some columns, computed again in backward, to ``w·D``: elementwise, since the logsumexp is known."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from napo_loss.kernels.launch import ELEMENTS_PER_WARP, on_device
+from napo_loss.kernels.linear_logits import head_logits
+
+BLOCK = 2048
+
+
+@triton.jit
+def linear_block_kernel(
+    logits_ptr,  # [rows, columns] float32: columns `first` and on of the vocabulary
+    bias_ptr,  # [columns] or unused
+    targets_ptr,  # [rows]
+    lse_ptr,  # [rows] float32
+    w_ptr,  # [rows] float32
+    d_ptr,  # [rows, columns]; may be the logits themselves
+    stride_row,
+    d_stride_row,
+    columns,
+    first,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK_V
+    j = start + tl.arange(0, BLOCK_V)
+    inner = start + BLOCK_V <= columns
+    row_ptr = logits_ptr + row * stride_row
+    if inner:  # a mask would narrow the loads
+        x = tl.load(row_ptr + j)
+    else:
+        x = tl.load(row_ptr + j, mask=j < columns, other=0.0)
+    target = tl.load(targets_ptr + row).to(tl.int64) - first
+    w = tl.load(w_ptr + row)
+    lse = tl.load(lse_ptr + row)
+    z, slope = head_logits(x, bias_ptr, j, j < columns, scale, softcap, HAS_BIAS, SOFTCAP)
+    d = w * (((j == target).to(tl.float32) - tl.exp(z - lse)) * slope)
+    d = d.to(d_ptr.dtype.element_ty)
+    d_row_ptr = d_ptr + row * d_stride_row
+    if inner:
+        tl.store(d_row_ptr + j, d)
+    else:
+        tl.store(d_row_ptr + j, d, mask=j < columns)
+
+
+def linear_block(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    first: int,
+    targets: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+) -> None:
+    """Writes ``w·D`` into ``out``, which may be ``logits``. ``bias`` holds these columns; ``rows`` is lse and w."""
+    count, columns = logits.shape
+    lse, w = rows
+    block_v = min(BLOCK, max(16, triton.next_power_of_2(columns)))
+    with on_device(logits):
+        linear_block_kernel[(count, triton.cdiv(columns, block_v))](
+            logits,
+            logits if bias is None else bias,
+            targets,
+            lse,
+            w,
+            out,
+            logits.stride(0),
+            out.stride(0),
+            columns,
+            first,
+            scale,
+            softcap,
+            HAS_BIAS=bias is not None,
+            SOFTCAP=softcap != 0,
+            BLOCK_V=block_v,
+            num_warps=max(1, min(8, block_v // ELEMENTS_PER_WARP)),
+            enable_fp_fusion=True,
+        )

@@ -1,0 +1,115 @@
+"""A chunk of raw logits to token log-probs and to the factor of both gradients, ``D = (onehot − softmax)·dz/dx``.
+
+One program a row. It reads the row twice, the second time mostly from the L2 cache, and writes D once, over the logits
+where both are float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from napo_loss.kernels.launch import ELEMENTS_PER_WARP, MAX_BLOCK_V, on_device
+from napo_loss.kernels.linear_logits import head_logits
+
+
+@triton.jit
+def linear_rows_kernel(
+    logits_ptr,  # [rows, V] float32
+    bias_ptr,  # [V] or unused
+    targets_ptr,  # [rows]
+    logp_ptr,  # [rows] float32
+    lse_ptr,  # [rows] float32
+    d_ptr,  # [rows, V]; may be the logits themselves
+    stride_row,
+    d_stride_row,
+    V,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WRITE_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_row
+    target = tl.load(targets_ptr + row).to(tl.int64)
+
+    peak = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_V], tl.float32)
+    hit = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, V, BLOCK_V):
+        j = start + tl.arange(0, BLOCK_V)
+        if start + BLOCK_V <= V:  # a mask would narrow the loads
+            x = tl.load(row_ptr + j)
+        else:
+            x = tl.load(row_ptr + j, mask=j < V, other=0.0)
+        z, slope = head_logits(x, bias_ptr, j, j < V, scale, softcap, HAS_BIAS, SOFTCAP)
+        z = tl.where(j < V, z, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(z, axis=0))
+        # While all logits seen are -inf there is nothing to subtract, and -inf − -inf would be NaN.
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        total = total * tl.exp(peak - base) + tl.exp(z - base)
+        hit += tl.where(j == target, z, 0.0)
+        peak = new_peak
+    lse = peak + tl.log(tl.sum(total, axis=0))
+    # A label outside the vocabulary cannot be reported from here without a sync: it becomes a NaN.
+    inside = (target >= 0) & (target < V)
+    tl.store(lse_ptr + row, lse)
+    tl.store(logp_ptr + row, tl.where(inside, tl.sum(hit, axis=0) - lse, float("nan")))
+
+    if WRITE_D:
+        d_row_ptr = d_ptr + row * d_stride_row
+        for start in range(0, V, BLOCK_V):
+            j = start + tl.arange(0, BLOCK_V)
+            inner = start + BLOCK_V <= V
+            if inner:
+                x = tl.load(row_ptr + j)
+            else:
+                x = tl.load(row_ptr + j, mask=j < V, other=0.0)
+            z, slope = head_logits(x, bias_ptr, j, j < V, scale, softcap, HAS_BIAS, SOFTCAP)
+            d = ((j == target).to(tl.float32) - tl.exp(z - lse)) * slope
+            d = d.to(d_ptr.dtype.element_ty)
+            if inner:
+                tl.store(d_row_ptr + j, d)
+            else:
+                tl.store(d_row_ptr + j, d, mask=j < V)
+
+
+def linear_rows(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    targets: torch.Tensor,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``logp [rows]`` and ``lse [rows]``; writes D into ``out``, which may be ``logits``, unless it is None."""
+    rows, V = logits.shape
+    logp = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    lse = torch.empty_like(logp)
+    d = logits if out is None else out
+    block_v = min(MAX_BLOCK_V, max(16, triton.next_power_of_2(V)))
+    with on_device(logits):
+        linear_rows_kernel[(rows,)](
+            logits,
+            logits if bias is None else bias,
+            targets,
+            logp,
+            lse,
+            d,
+            logits.stride(0),
+            d.stride(0),
+            V,
+            scale,
+            softcap,
+            HAS_BIAS=bias is not None,
+            SOFTCAP=softcap != 0,
+            WRITE_D=out is not None,
+            BLOCK_V=block_v,
+            # Rows that are not aligned take a register pair of address per element: more lanes, fewer elements each.
+            num_warps=max(1, block_v // (256 if V % 16 else ELEMENTS_PER_WARP)),
+            enable_fp_fusion=True,
+        )
+    return logp, lse

@@ -1,0 +1,141 @@
+"""Sequence log-probs from hidden states and the lm_head: check, shift, dispatch."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from napo_loss import ops_linear
+from napo_loss.checks import (
+    check_backend,
+    check_cu_seqlens,
+    check_head,
+    check_labels,
+    check_like,
+    check_positions,
+    check_positive,
+)
+from napo_loss.tokens import Packing, per_sequence, targets
+from napo_loss.types import LowRank, SequenceLogps
+
+
+def linear_sequence_logps(
+    hidden: Tensor,
+    weight: Tensor | LowRank,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    token_weights: Tensor | None = None,
+    shift: bool = True,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
+    logits_budget: int | None = None,
+    backend: Literal["auto", "triton", "eager"] = "auto",
+) -> SequenceLogps:
+    r"""Log-probability of each sequence's active tokens from hidden states, without ever storing the logits.
+
+    ``sum_n = Σ_t w_nt·(z_nt[y_nt] − logsumexp(z_nt))`` over active positions, with
+    ``z = softcap·tanh(x / softcap)`` and ``x = logit_scale·(hidden·weightᵀ + bias)``. Masked positions are not
+    computed: their hidden states may hold anything, NaN included, and their gradient is exactly 0.
+
+    The forward pass does the work of both: logits (kept in float32) → log-probs → ``D = onehot − softmax`` →
+    ``U = D·weight``. Backward rescales, ``dhidden = w·U``, and forms ``dweight = Dᵀ(w·hidden)`` from a kept or
+    recomputed D. So with G one product over all positions and c their active share: c·G under ``no_grad``, 2cG with a
+    frozen head, 3cG with a trained one (4cG where D does not fit the budget). Exact, and bit-identical from run to run
+    for a given budget.
+
+    Args:
+        hidden: ``[N, T, D]``, float32, bfloat16, float16 or float64: the backbone's last hidden state, any strides.
+        weight: ``[V, D]`` in hidden's dtype (under autocast both are cast), or a :class:`napo_loss.LowRank`: a head
+            with LoRA factors, whose gradients are formed without a full ``dweight``. A tensor that requires no
+            gradient costs nothing in backward.
+        labels: ``[N, T]``, int64 or int32, unshifted, ``ignore_index`` where a token does not count.
+        bias: ``[V]``.
+        softcap: Gemma's ``final_logit_softcapping``.
+        logit_scale: Cohere's ``logit_scale``, ``1/logits_scaling`` for Granite, ``1/temperature``.
+        token_weights: ``[N, T]``, aligned with ``labels``. Not differentiated.
+        shift: ``False`` where position t predicts label t already.
+        ignore_index: the label that does not count.
+        cu_seqlens: ``[N + 1]``: sequences are packed into ``hidden [total, D]`` and ``labels [total]``, as in
+            :func:`napo_loss.sequence_logps`.
+        logits_budget: bytes of logits-sized memory that may exist at a time, the D kept for backward included.
+            Default: a quarter of the GPU's free memory, an eighth of the free memory of a CPU. Smaller: more chunks,
+            and D recomputed, one more product.
+        backend: as in :func:`napo_loss.sequence_logps`.
+
+    Returns:
+        :class:`SequenceLogps`: ``sum [N]`` in nats and ``length [N]``, float32 (float64 for float64).
+
+    Raises:
+        ValueError: on mismatched shapes or devices, an empty batch, a label outside the vocabulary (on a GPU: NaN in
+            that sequence's sum), an empty weight (a ZeRO-3 shard).
+        TypeError: on other dtypes, ``hidden`` and ``weight`` of two dtypes outside autocast, a DTensor.
+        ImportError: on a GPU without Triton, unless ``backend="eager"``.
+        NotImplementedError: when differentiated twice.
+
+    Example:
+        >>> import torch
+        >>> from napo_loss import linear_sequence_logps
+        >>> hidden = torch.ones(1, 3, 4, requires_grad=True)
+        >>> lm_head = torch.nn.Linear(4, 8, bias=False)
+        >>> _ = torch.nn.init.zeros_(lm_head.weight)  # uniform over 8 tokens: −2.0794 nats each
+        >>> linear_sequence_logps(hidden, lm_head.weight, torch.tensor([[-100, 5, 1]])).sum.detach()
+        tensor([-4.1589])
+
+    Note:
+        One host sync: the number of active positions. A GPU peak of the default budget can be lower: 512 MiB of logits
+        at a time suffice; the rest of it is for D.
+
+    Source:
+        The factored gradient is the softmax cross-entropy's; the order of work is this library's, see DESIGN.md.
+    """
+    if isinstance(weight, LowRank):
+        weight, A, B, lora_scale = weight
+    else:
+        A, B, lora_scale = None, None, 1.0
+    packed = cu_seqlens is not None
+    check_positions("hidden", hidden, "D", packed)
+    check_head(hidden, weight, bias, None if A is None or B is None else (A, B))
+    check_labels(labels, hidden, "hidden")
+    if packed:
+        check_cu_seqlens(cu_seqlens, labels)
+    if token_weights is not None:
+        check_like("token_weights", token_weights, "labels", labels, labels.shape)
+    for name, value in (("softcap", softcap), ("logit_scale", logit_scale), ("logits_budget", logits_budget)):
+        if value is not None:
+            check_positive(name, value)
+    check_backend(backend)
+
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if A is not None and B is not None:
+        A, B = A.to(hidden.dtype), B.to(hidden.dtype)  # PEFT keeps adapters in float32 beside a bfloat16 model
+    packing = Packing(cu_seqlens, labels.shape[0]) if cu_seqlens is not None else None
+    target = targets(labels, shift, ignore_index, packing)
+    grad = torch.is_grad_enabled()
+    needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    needs += [grad and any(x is not None and x.requires_grad for x in (A, B))]
+    logps = ops_linear.linear_logps(
+        hidden[None] if packed else hidden, weight, bias, A, B, target[None] if packed else target,
+        [lora_scale, logit_scale or 1.0, softcap or 0.0], ignore_index,
+        int(logits_budget or default_budget(hidden.device)), needs, backend,
+    )[0]  # fmt: skip
+    logps = logps[0] if packed else logps
+    return per_sequence(logps, target != ignore_index, token_weights, shift, packing)
+
+
+def default_budget(device: torch.device) -> int:
+    """A quarter of a GPU's free memory (what PyTorch's allocator holds unused is free), an eighth of a CPU's."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + unused) // 4
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+    except (ValueError, OSError, AttributeError):  # not every system says
+        return 2**30

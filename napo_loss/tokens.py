@@ -1,0 +1,55 @@
+"""From labels to what each position predicts, and from token log-probs back to sequences; padded or packed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from napo_loss.types import SequenceLogps
+
+
+class Packing:
+    """Sequences that lie one after the other in ``[total]``: sequence n is ``cu_seqlens[n]:cu_seqlens[n + 1]``.
+
+    Offsets are device values: looking at them would cost a sync, so wrong ones give NaN (on a CPU
+    :func:`napo_loss.checks.check_cu_seqlens` has looked). No memory access depends on them.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, total: int):
+        self.N = cu_seqlens.shape[0] - 1
+        at = torch.arange(total, device=cu_seqlens.device)
+        cu_seqlens = cu_seqlens.long()
+        self.sequence = torch.searchsorted(cu_seqlens, at, right=True) - 1
+        steps_up = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+        self.valid = steps_up & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """``[total]`` to ``[N]``, always in the same order of additions."""
+        member = self.sequence == torch.arange(self.N, device=x.device)[:, None]
+        return torch.where(member, x, 0).sum(1).where(self.valid, torch.nan)
+
+
+def targets(labels: Tensor, shift: bool, ignore_index: int, packing: Packing | None = None) -> Tensor:
+    """The label that each position predicts, ``ignore_index`` where it predicts none; the shape of ``labels``."""
+    if not shift:
+        return labels
+    moved = torch.full_like(labels, ignore_index)
+    moved[..., :-1] = labels[..., 1:]
+    if packing is not None:
+        last = packing.sequence[1:] != packing.sequence[:-1]
+        moved[:-1].masked_fill_(last, ignore_index)
+    return moved
+
+
+def per_sequence(
+    token_logps: Tensor, active: Tensor, token_weights: Tensor | None, shift: bool, packing: Packing | None
+) -> SequenceLogps:
+    """Weighted sums of token log-probs. ``active`` and the log-probs are aligned with the positions that predict."""
+    if token_weights is None:
+        weights = active.to(token_logps.dtype)
+    else:
+        # The last position predicts nothing when shifted: wherever roll() puts its weight, it is masked.
+        aligned = token_weights.detach().to(token_logps.dtype).roll(-int(shift), dims=-1)
+        weights = torch.where(active, aligned, 0)
+    total = (lambda x: x.sum(1)) if packing is None else packing.sum
+    return SequenceLogps(total(weights * token_logps), total(weights))
