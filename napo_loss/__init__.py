@@ -1,6 +1,7 @@
 """Noise-Aware Preference Optimization (CVPR 2025, arXiv:2503.17928) as a standalone loss."""
 
 from napo_loss._version import __version__
+from napo_loss.head import fused_head
 from napo_loss.linear import linear_sequence_logps
 from napo_loss.logps import sequence_logps
 from napo_loss.objective import napo_loss, noise_aware_dpo_loss, noise_level
@@ -23,6 +24,7 @@ __all__ = [
     "Recipe",
     "SequenceLogps",
     "__version__",
+    "fused_head",
     "linear_sequence_logps",
     "napo_loss",
     "noise_aware_dpo_loss",

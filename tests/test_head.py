@@ -1,0 +1,252 @@
+"""fused_head on real architectures: the numbers of their own logits, PEFT, tied weights, DDP and FSDP2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+)
+
+from napo_loss import fused_head, linear_sequence_logps, noise_aware_dpo_loss, sequence_logps
+
+ROOT = Path(__file__).parent.parent
+SIZE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+MODELS = {
+    "llama": tiny.llama,
+    "tied": lambda: LlamaForCausalLM(tiny.text_config(tie_word_embeddings=True)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZE, **TOKENS, num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5)
+    ),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZE, **TOKENS, num_key_value_heads=1, logit_scale=0.25)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZE, **TOKENS, num_key_value_heads=1, logits_scaling=3.0)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2)),
+}
+
+
+def batch(V=20, N=4, T=7):
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, V, (N, T), generator=g)
+    labels = ids.clone()
+    labels[:, :3] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels
+
+
+def gradients(model, logps):
+    model.zero_grad()
+    (logps.sum * torch.linspace(-1, 1, len(logps.sum))).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model, inputs, labels, **kwargs):
+    """Log-probs and every gradient are those of the model's own logits; afterwards the model is as it was."""
+    expected = sequence_logps(model(**inputs).logits, labels, **kwargs)
+    expected_grads = gradients(model, expected)
+    with fused_head(model):
+        logps = model(**inputs, labels=labels, **kwargs)
+        assert hasattr(model(**inputs), "logits")  # without labels nothing changes
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+    grads = gradients(model, logps)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert hasattr(model(**inputs, labels=labels), "logits")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_numbers_are_the_models_own(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    inputs, labels = batch()
+    assert_same(model, inputs, labels)
+    assert_same(model, inputs, labels, token_weights=torch.rand(labels.shape))
+
+
+def test_a_vision_language_model():
+    model = tiny.llava()
+    ids = torch.tensor([[3] * 4 + [5, 6, 7], [3] * 4 + [8, 9, 5]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.rand(2, 3, 8, 8)}
+    assert_same(model, inputs, ids.masked_fill(ids == 3, -100))
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+@pytest.mark.parametrize("target", [["q_proj"], ["q_proj", "lm_head"]])
+def test_peft(target, disabled):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=target, init_lora_weights=False))
+    inputs, labels = batch()
+    if not disabled:
+        assert_same(model, inputs, labels)
+        return
+    with model.disable_adapter(), torch.no_grad():
+        expected = sequence_logps(model(**inputs).logits, labels)
+        with fused_head(model):
+            torch.testing.assert_close(model(**inputs, labels=labels), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_two_adapters_and_a_saved_head():
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    model = get_peft_model(tiny.llama(), config)
+    model.add_adapter("second", LoraConfig(r=3, lora_alpha=7, target_modules=["lm_head"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    assert_same(model, *batch())
+    saved = get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    assert_same(saved, *batch())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"lora_dropout": 0.1}, "lora_dropout"), ({"use_dora": True}, "variant")]
+)
+def test_what_it_cannot_do_is_named(options, message):
+    model = get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=["lm_head"], **options)).train()
+    inputs, labels = batch()
+    with fused_head(model), pytest.raises(NotImplementedError, match=message):
+        model(**inputs, labels=labels)
+
+
+def test_models_without_a_head_are_refused():
+    with (
+        pytest.raises(TypeError, match="output embeddings are a linear layer, got LlamaModel"),
+        fused_head(tiny.llama().model),
+    ):
+        pass
+    with pytest.raises(TypeError, match="got Linear with NoneType"), fused_head(torch.nn.Linear(2, 2)):
+        pass
+
+
+def test_packed_sequences():
+    model = MODELS["llama"]()
+    inputs, labels = batch(N=2, T=6)
+    positions = torch.arange(6).repeat(2)[None]
+    with fused_head(model):
+        padded = model(**inputs, labels=labels)
+        packed = model(
+            input_ids=inputs["input_ids"].view(1, -1), position_ids=positions, labels=labels.view(1, -1),
+            cu_seq_lens_q=torch.tensor([0, 6, 12]), attention_mask=block_diagonal(2, 6),
+        )  # fmt: skip
+    torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-4)
+
+
+def block_diagonal(N, T):
+    blocks = torch.block_diag(*[torch.ones(T, T).tril()] * N)
+    return torch.zeros(1, 1, N * T, N * T).masked_fill(blocks == 0, float("-inf"))
+
+
+def test_gradient_checkpointing_and_late_backward():
+    model = MODELS["llama"]().train()
+    inputs, labels = batch()
+    with fused_head(model):
+        plain = gradients(model, model(**inputs, labels=labels))
+    model.gradient_checkpointing_enable()
+    with fused_head(model):
+        logps = model(**inputs, labels=labels)
+    torch.testing.assert_close(gradients(model, logps), plain)  # after the context
+
+
+def test_an_exception_leaves_the_model_as_it_was():
+    model = tiny.llama()
+    with pytest.raises(ZeroDivisionError), fused_head(model):
+        raise ZeroDivisionError
+    assert "forward" not in model.__dict__
+    assert "forward" not in model.lm_head.__dict__
+
+
+def test_a_shard_given_raw_is_refused_with_the_way_out():
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    with one_process_group():
+        weight = DTensor.from_local(torch.zeros(5, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(TypeError, match=r"weight is a DTensor.*napo_loss\.fused_head"):
+            linear_sequence_logps(torch.zeros(1, 2, 4), weight, torch.zeros(1, 2, dtype=torch.long))
+
+
+def one_process_group():
+    from contextlib import contextmanager
+
+    import torch.distributed as dist
+
+    @contextmanager
+    def group():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    return group()
+
+
+WORKER = """
+import sys, os, torch, torch.distributed as dist
+sys.path[:0] = [os.environ["ROOT"], os.environ["ROOT"] + "/tests"]
+import test_head
+from napo_loss import fused_head, napo_loss
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+how, tied = sys.argv[1], sys.argv[2] == "tied"
+dist.init_process_group("gloo")
+rank, inputs, labels = dist.get_rank(), *test_head.batch()
+expected_losses, expected = test_head.step(test_head.pair_model(tied), inputs, labels)
+model = test_head.pair_model(tied)
+if how == "ddp":
+    model = DistributedDataParallel(model)
+else:
+    for layer in model.model.layers:
+        fully_shard(layer)
+    if how == "fsdp2-head":
+        fully_shard(model.lm_head)
+    fully_shard(model)
+order = [rank, rank + 2]  # a chosen and its rejected
+mine = {name: x[order] for name, x in inputs.items()}
+losses, grads = test_head.step(model, mine, labels[order])
+torch.testing.assert_close(losses, expected_losses[rank : rank + 1], rtol=1e-5, atol=1e-6)
+for name, grad in grads.items():
+    grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    torch.testing.assert_close(grad, expected[name.removeprefix("module.")], rtol=1e-4, atol=1e-6, msg=name)
+assert len(grads) == len(expected)
+print("rank", rank, "agrees", flush=True)
+dist.barrier()
+os._exit(0)  # DDP's destructor can hang with gloo
+"""
+
+
+def pair_model(tied):
+    torch.manual_seed(0)
+    return MODELS["tied" if tied else "llama"]()
+
+
+def step(model, inputs, labels):
+    """Losses and gradients of the mean loss over the pairs of the whole batch; DDP and FSDP2 average over ranks."""
+    with fused_head(model):
+        chosen, rejected = model(**inputs, labels=labels).pairs()
+    losses = noise_aware_dpo_loss(chosen.sum, rejected.sum, None, None, beta=1.0, q=0.5).losses
+    losses.mean().backward()
+    return losses.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("how", "tied"), [("ddp", "untied"), ("fsdp2", "untied"), ("fsdp2", "tied"), ("fsdp2-head", "untied")]
+)
+def test_two_ranks_agree_with_one_process(how, tied, tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, how, tied]
+    environment = {**os.environ, "ROOT": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.stdout.count("agrees") == 2, done.stdout + done.stderr
