@@ -24,6 +24,7 @@ lint: $(if $(VENV),$(VENV)/.dev)
 bench: $(if $(VENV),$(VENV)/.bench)
 	$(PYTHON) -m benchmarks static
 	$(PYTHON) -m benchmarks logits
+	$(PYTHON) -m benchmarks linear
 
 $(VENV)/bin/python:
 	$(BASE_PYTHON) -m venv $(VENV)

@@ -1,0 +1,141 @@
+"""Hidden states × lm_head to the DPO loss: ours and what users would pick instead, behind one signature.
+
+``provider(hidden, weight, labels)`` gives the reference-free DPO loss (β = 0.1) of ``[chosen; rejected]`` and, where it
+has them, the sequence log-probs. A provider that is not installed or cannot run here says so by raising.
+
+    python -m benchmarks.linear_providers '{"provider": ..., "shape": [8, 256, 1024, 32000], "c": 0.4}'
+
+prints the memory of one step in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import DEVICE, GPU, extra_bytes
+from napo_loss import linear_sequence_logps
+
+BETA = 0.1
+SMALLEST = 2**24
+"""The smallest budget that is measured: 16 MiB."""
+
+
+def dpo(sums: Tensor) -> tuple[Tensor, Tensor]:
+    chosen, rejected = sums.chunk(2)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean(), sums
+
+
+def shifted(labels: Tensor) -> Tensor:
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def ours(hidden, weight, labels, budget: int | None = None):
+    return dpo(linear_sequence_logps(hidden, weight, labels, logits_budget=budget).sum)
+
+
+def eager(hidden, weight, labels):
+    """TRL's DPO before its fused head, and nearly every other trainer's."""
+    logits = F.linear(hidden, weight)[:, :-1].float()
+    labels = labels[:, 1:]
+    logps = logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None]).squeeze(-1)
+    return dpo((logps * (labels != -100)).sum(-1))
+
+
+def trl_fused_head(hidden, weight, labels):
+    """The kernel of TRL's fused head, given the positions that its head gives it on this device."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    hidden, labels = hidden[:, :-1], labels[:, 1:]
+    mask = labels != -100
+    x = hidden[mask] if GPU else hidden.reshape(-1, hidden.shape[-1])
+    y = labels[mask] if GPU else labels.clamp_min(0).reshape(-1)
+    tail = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",))
+    logps = ChunkedLogProbFunction.apply(x, weight, None, y, *tail)[0]
+    if GPU:
+        logps = logps.new_zeros(mask.shape).masked_scatter(mask, logps)
+    return dpo((logps.view(mask.shape) * mask).sum(-1))
+
+
+def liger(hidden, weight, labels, compiled: bool):
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    loss = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False, average_log_prob=False, compiled=compiled)
+    # One pair at a time, as it works by default; a batch is split into [chosen; rejected] by itself.
+    value, (chosen, rejected, *_) = loss(weight, hidden[:, :-1], labels[:, 1:])
+    return value, torch.cat([chosen, rejected])
+
+
+def cut_cross_entropy(hidden, weight, labels, filter_eps):
+    from cut_cross_entropy import linear_cross_entropy
+
+    if not GPU:
+        raise RuntimeError("cut-cross-entropy's kernel needs a GPU")
+    losses = linear_cross_entropy(hidden, weight, labels, shift=True, reduction="none", filter_eps=filter_eps)
+    return dpo(-losses.float().sum(-1))
+
+
+def torch_linear_cross_entropy(hidden, weight, labels):
+    options = torch.nn.LinearCrossEntropyOptions()  # chunked: the memory-saving path; AttributeError before torch 2.13
+    flat = hidden.flatten(0, 1), weight, shifted(labels).flatten()
+    losses = F.linear_cross_entropy(*flat, reduction="none", options=options)
+    return dpo(-losses.view(labels.shape).sum(-1))
+
+
+PROVIDERS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "napo_loss": ours,
+    "napo_loss, 16 MiB": partial(ours, budget=SMALLEST),
+    "eager": eager,
+    "TRL fused head": trl_fused_head,
+    "Liger": partial(liger, compiled=False),
+    "Liger, compiled": partial(liger, compiled=True),
+    "CCE": partial(cut_cross_entropy, filter_eps="high"),
+    "CCE, exact": partial(cut_cross_entropy, filter_eps=None),
+    "torch linear_cross_entropy": torch_linear_cross_entropy,
+}
+
+
+def inputs(shape: tuple[int, int, int, int], c: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, a head whose logits have standard deviation 3, and labels with a contiguous prompt masked."""
+    N, T, D, V = shape
+    g = torch.Generator(DEVICE).manual_seed(0)
+    hidden = torch.randn(N, T, D, generator=g, device=DEVICE).to(dtype)
+    weight = (torch.randn(V, D, generator=g, device=DEVICE) * (3 / D**0.5)).to(dtype)
+    labels = torch.randint(0, V, (N, T), generator=g, device=DEVICE)
+    labels[:, : round((1 - c) * T)] = -100
+    return hidden, weight, labels
+
+
+def stepper(provider: str, shape, c: float, dtype: torch.dtype, trained: bool) -> tuple[Callable, Callable]:
+    """``step()`` (forward and backward) and ``left()``, the bytes of the gradients that a step leaves."""
+    hidden, weight, labels = inputs(shape, c, dtype)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_(trained)]
+
+    def step():
+        for x in leaves:
+            x.grad = None
+        loss, sums = PROVIDERS[provider](hidden, weight, labels)
+        loss.backward()
+        return sums.detach(), [x.grad for x in leaves]
+
+    return step, lambda: sum(x.grad.nbytes for x in leaves if x.grad is not None)
+
+
+def memory(provider: str, shape, c: float, dtype: torch.dtype, trained: bool) -> int:
+    small, _ = stepper(provider, (2, 8, 16, 64), 1.0, dtype, trained)
+    small()  # what is loaded at first use is not the step's
+    step, left = stepper(provider, shape, c, dtype, trained)
+    return extra_bytes(step, left)
+
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    job["dtype"] = getattr(torch, job["dtype"])
+    print(json.dumps({"extra_bytes": memory(**job)}))
