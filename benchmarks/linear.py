@@ -191,7 +191,7 @@ def plot(rows: list[dict]) -> None:
         axes[1].plot([x for x, _ in held], [y for _, y in held], "o-", label=provider)
     for axis, unit in zip(axes, ("ms, forward + backward", "MiB beyond inputs and gradients"), strict=True):
         axis.set(xlabel="active share c of the positions", ylabel=unit, ylim=(0, None))
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.6))
     figure.suptitle(f"{device_name()}, {versions()}", fontsize=8)
     figure.tight_layout()
     figure.savefig(RESULTS / f"{file_name('linear')}.png", dpi=120)

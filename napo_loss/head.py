@@ -70,7 +70,7 @@ def fused_head(model: Model, *, logits_budget: int | None = None) -> Iterator[Mo
     def forward(*args, labels: Tensor | None = None, token_weights: Tensor | None = None, **kwargs):
         if labels is None:
             return own_forward(*args, **kwargs)
-        for unused in ("logits_to_keep", "num_items_in_batch", "return_dict"):
+        for unused in ("logits_to_keep", "num_items_in_batch", "return_dict", "use_cache"):
             kwargs.pop(unused, None)
         hidden = inner.base_model(*args, **kwargs, use_cache=False).last_hidden_state
         # Called as a module, so that whoever shards the head gathers it; its forward is one of `projections` below.

@@ -5,8 +5,8 @@
     trainer = NaPOTrainer(model, args=NaPOConfig(output_dir="out"), train_dataset=pairs)
     trainer.train()
 
-Written for TRL 1.16. What TRL does well stays TRL's: preparing data, the reference model, the fused head that turns
-hidden states into token log-probs without storing logits. The loss is ours.
+Written for TRL 1.16. What TRL does well stays TRL's: preparing data, loading the reference model, and the policy's
+fused head, which gives token metrics beside the log-probs. The loss and the reference's log-probs are ours.
 """
 # transformers types its trainer's model and its batches too loosely to follow:
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -28,25 +29,15 @@ try:
 except ImportError as error:
     raise ImportError('napo_loss.trl needs TRL: pip install "napo-loss[trl]"') from error
 
+from napo_loss.head import fused_head
 from napo_loss.objective import napo_loss
-from napo_loss.trl_config import NaPOConfig
+from napo_loss.trl_config import PAPER, NaPOConfig
 from napo_loss.trl_data import GroupCollator, negative_columns, reference_column, tokenize_negatives
 from napo_loss.types import SequenceLogps
 
 __all__ = ["NaPOConfig", "NaPOTrainer"]
 
 STATE_FILE = "napo_state.json"
-PAPER = {
-    "title": "Debiasing Multimodal Large Language Models via Noise-Aware Preference Optimization",
-    "id": "2503.17928",
-    "citation": """@inproceedings{napo2025,
-    title     = {Debiasing Multimodal Large Language Models via Noise-Aware Preference Optimization},
-    booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-    year      = {2025},
-    note      = {arXiv:2503.17928}
-}""",
-}
-"""What the model card cites."""
 
 
 class NaPOTrainer(DPOTrainer):
@@ -133,6 +124,15 @@ class NaPOTrainer(DPOTrainer):
         for column, logps in found.items():
             dataset = dataset.add_column(column, logps)
         return dataset
+
+    def compute_ref_log_probs(self, model, inputs):
+        """TRL's contexts (no_grad, adapters, autocast) around our head. It sums tokens: a sequence counts as one."""
+
+        def sequences(fused_lm_head, **kwargs):
+            with fused_head(model):
+                return SimpleNamespace(log_probs=model(**kwargs).sum[:, None])
+
+        return super().compute_ref_log_probs(sequences, inputs)
 
     def _compute_loss(self, model, inputs, return_outputs):
         """The loss of one micro-batch. ``compute_loss`` stays TRL's: it calls this, and explains a ``max_length`` that

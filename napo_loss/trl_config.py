@@ -24,6 +24,19 @@ REFUSED = {
 """Options of ``DPOConfig`` that shape another loss, with the only value under which they change nothing here."""
 
 
+PAPER = {
+    "title": "Debiasing Multimodal Large Language Models via Noise-Aware Preference Optimization",
+    "id": "2503.17928",
+    "citation": """@inproceedings{napo2025,
+    title     = {Debiasing Multimodal Large Language Models via Noise-Aware Preference Optimization},
+    booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+    year      = {2025},
+    note      = {arXiv:2503.17928}
+}""",
+}
+"""What the model card cites."""
+
+
 @dataclass
 class NaPOConfig(DPOConfig):
     r"""Arguments of :class:`NaPOTrainer`: those of TRL's ``DPOConfig`` and the ones below.

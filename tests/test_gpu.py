@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from napo_loss import Recipe, napo_loss, reference, sequence_logps
+from napo_loss import Recipe, gemm, linear_sequence_logps, napo_loss, reference, sequence_logps
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -169,3 +169,100 @@ def test_memcheck_is_clean():
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", sys.executable, "-c", code]
     done = subprocess.run(["env", *(f"{k}={v}" for k, v in env.items()), *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+# The linear path
+
+
+def linear_example(dtype, N=4, T=200, D=1024, V=32000, c=0.4):
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(N, T, D, generator=g, device="cuda").to(dtype)
+    weight = (torch.randn(V, D, generator=g, device="cuda") * 3 / D**0.5).to(dtype)
+    labels = torch.randint(0, V, (N, T), generator=g, device="cuda")
+    labels[:, : round((1 - c) * T)] = -100
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+def linear_step(hidden, weight, labels, function=linear_sequence_logps, **kwargs):
+    out = function(hidden, weight, labels, **kwargs)
+    upstream = torch.linspace(-1, 1, len(out.sum), device="cuda", dtype=out.sum.dtype)
+    return out.sum.detach(), *torch.autograd.grad(out.sum, [hidden, weight], upstream)
+
+
+@pytest.mark.parametrize("V", [32000, 50257, 128256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("budget", [2**24, 2**34])
+def test_linear_accuracy_and_determinism(dtype, V, budget):
+    hidden, weight, labels = linear_example(dtype, V=V)
+    options = {"softcap": 30.0, "logit_scale": 0.5}
+    exact = linear_step(
+        hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), labels,
+        reference.linear_sequence_logps, **options,
+    )  # fmt: skip
+    plain = linear_step(hidden, weight, labels, reference.linear_sequence_logps, **options)
+    ours = linear_step(hidden, weight, labels, logits_budget=budget, **options)
+    again = linear_step(hidden, weight, labels, logits_budget=budget, **options)
+    for a, b, p, e in zip(ours, again, plain, exact, strict=True):
+        assert torch.equal(a, b)
+        assert (a.double() - e).norm() <= (p.double() - e).norm() + 1e-5 * e.norm()
+
+
+def test_half_products_stay_float32_in_one_call():
+    assert gemm._has_out_dtype("cuda", torch.bfloat16)
+    assert gemm._has_out_dtype("cuda", torch.float16)
+
+
+def test_linear_syncs_once(monkeypatch):
+    """The number of active rows, and nothing else: every other copy to the host would raise here."""
+    args = linear_example(torch.bfloat16)
+    linear_step(*args, logits_budget=2**30)
+    nonzero, calls = torch.Tensor.nonzero, []
+
+    def allowed(x):
+        calls.append(torch.cuda.set_sync_debug_mode("default"))
+        try:
+            return nonzero(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(torch.Tensor, "nonzero", allowed)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_step(*args, logits_budget=2**30)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("budget", [2**26, 2**28])
+def test_linear_memory_stays_within_the_budget(budget):
+    hidden, weight, labels = linear_example(torch.bfloat16, T=512, V=128256, c=1.0)
+    linear_step(hidden, weight, labels, logits_budget=budget)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    linear_step(hidden, weight, labels, logits_budget=budget)
+    gradients = hidden.nbytes + weight.nbytes
+    rows = 4 * hidden.numel() * 4  # X, w·X, U and w·U in float32
+    assert torch.cuda.max_memory_allocated() - before <= 1.1 * budget + gradients + rows
+
+
+def test_linear_under_inductor():
+    hidden, weight, labels = linear_example(torch.bfloat16, V=5003)
+    compiled = torch.compile(linear_sequence_logps, fullgraph=True)
+    expected = linear_step(hidden, weight, labels, logits_budget=2**30)
+    torch.testing.assert_close(linear_step(hidden, weight, labels, compiled, logits_budget=2**30), expected)
+
+
+def test_packed_logits_on_the_gpu_need_no_sync():
+    logits = torch.randn(40, 5003, device="cuda", requires_grad=True)
+    labels = torch.randint(0, 5003, (40,), device="cuda")
+    offsets = torch.tensor([0, 11, 11, 40], device="cuda")
+    sequence_logps(logits, labels, cu_seqlens=offsets)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = sequence_logps(logits, labels, cu_seqlens=offsets)
+        out.sum.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert out.length.tolist() == [10, 0, 28]

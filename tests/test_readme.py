@@ -31,7 +31,9 @@ def test_every_module_is_listed():
         assert path.stem in README, f"{path} has no line in README"
 
 
-@pytest.mark.parametrize("path", ["examples/results/demo.md", "benchmarks/results/logits.md"])
+@pytest.mark.parametrize(
+    "path", ["examples/results/demo.md", "benchmarks/results/logits.md", "benchmarks/results/linear.md"]
+)
 def test_tables_are_those_of_the_files(path):
     table = (ROOT / path).read_text().strip()
-    assert table in README, f"README's table differs from {path}: paste it again"
+    assert table in README, f"README's table differs from {path}.md: paste it again"
