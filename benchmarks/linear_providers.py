@@ -8,7 +8,8 @@ has them, the sequence log-probs. A provider that is not installed or cannot run
 prints the memory of one step in a process of its own.
 """
 
-# Peers are optional: pyright: reportMissingImports=false
+# Peers are optional:
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
