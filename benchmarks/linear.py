@@ -9,14 +9,14 @@ Writes ``results/linear-<device>.csv`` and ``.png`` and ``linear.md`` (``--quick
 from __future__ import annotations
 
 import csv
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from benchmarks.linear_providers import BETA, PROVIDERS, inputs, memory, stepper
+from benchmarks.linear_providers import PROVIDERS, dpo, inputs, memory, stepper
 from benchmarks.measure import DEVICE, GPU, RESULTS, device_name, file_name, in_subprocess, times
 from napo_loss import reference
 
@@ -105,16 +105,12 @@ def gemm_rate() -> float:
 
 def accuracy(provider: str, shape) -> dict[str, Any]:
     """Errors in bfloat16 against float64 of the same inputs; and whether a second run gives the same bits."""
-    hidden, weight, labels = inputs(shape, 1.0, torch.bfloat16)
     try:
         step, _ = stepper(provider, shape, 1.0, torch.bfloat16, True)
         (sums, grads), (again, grads_again) = step(), step()
     except Exception as error:
         return {"note": _reason(error)}
-    x, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    total = reference.linear_sequence_logps(x, w, labels).sum
-    chosen, rejected = total.chunk(2)
-    exact = torch.autograd.grad(-F.logsigmoid(BETA * (chosen - rejected)).mean(), [x, w])
+    total, exact = exact_step(shape)
     errors = [((g.double() - e).norm() / e.norm()).item() for g, e in zip(grads, exact, strict=True)]
     same = torch.equal(sums, again) and all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
     return {
@@ -123,6 +119,15 @@ def accuracy(provider: str, shape) -> dict[str, Any]:
         "weight_grad_error": f"{errors[1]:.5f}",
         "bit_identical": same,
     }
+
+
+@lru_cache
+def exact_step(shape) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Log-probs and gradients in float64 of the bfloat16 inputs; the same for every provider."""
+    hidden, weight, labels = inputs(shape, 1.0, torch.bfloat16)
+    x, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    loss, sums = dpo(reference.linear_sequence_logps(x, w, labels).sum)
+    return sums.detach(), torch.autograd.grad(loss, [x, w])
 
 
 def _reason(error: Exception) -> str:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from napo_loss.kernels.launch import ELEMENTS_PER_WARP, on_device
-from napo_loss.kernels.linear_logits import head_logits
+from napo_loss.kernels.linear_logits import write_d
 
 BLOCK = 2048
 
@@ -31,25 +31,13 @@ def linear_block_kernel(
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * BLOCK_V
-    j = start + tl.arange(0, BLOCK_V)
-    inner = start + BLOCK_V <= columns
-    row_ptr = logits_ptr + row * stride_row
-    if inner:  # a mask would narrow the loads
-        x = tl.load(row_ptr + j)
-    else:
-        x = tl.load(row_ptr + j, mask=j < columns, other=0.0)
     target = tl.load(targets_ptr + row).to(tl.int64) - first
     w = tl.load(w_ptr + row)
     lse = tl.load(lse_ptr + row)
-    z, slope = head_logits(x, bias_ptr, j, j < columns, scale, softcap, HAS_BIAS, SOFTCAP)
-    d = w * (((j == target).to(tl.float32) - tl.exp(z - lse)) * slope)
-    d = d.to(d_ptr.dtype.element_ty)
-    d_row_ptr = d_ptr + row * d_stride_row
-    if inner:
-        tl.store(d_row_ptr + j, d)
-    else:
-        tl.store(d_row_ptr + j, d, mask=j < columns)
+    write_d(
+        logits_ptr + row * stride_row, d_ptr + row * d_stride_row, bias_ptr, tl.program_id(1) * BLOCK_V, columns,
+        target, lse, w, scale, softcap, HAS_BIAS, SOFTCAP, BLOCK_V,
+    )  # fmt: skip
 
 
 def linear_block(

@@ -1,4 +1,4 @@
-"""What lies between the raw product and the log-softmax: bias, logit scale and softcap, shared by two kernels."""
+"""What the two kernels of the linear path share: from raw logits to logits, and from those to ``w·D``."""
 
 import triton
 import triton.language as tl
@@ -19,3 +19,41 @@ def head_logits(x, bias_ptr, j, mask, scale, softcap, HAS_BIAS: tl.constexpr, SO
         z = softcap * tanh
         slope *= 1.0 - tanh * tanh
     return z, slope
+
+
+@triton.jit
+def load_logits(row_ptr, start, end, BLOCK_V: tl.constexpr):
+    """A block of a row, zeros beyond its end; a mask would narrow the loads, so only the last block has one."""
+    j = start + tl.arange(0, BLOCK_V)
+    if start + BLOCK_V <= end:
+        x = tl.load(row_ptr + j)
+    else:
+        x = tl.load(row_ptr + j, mask=j < end, other=0.0)
+    return x, j
+
+
+@triton.jit
+def write_d(
+    row_ptr,
+    d_row_ptr,
+    bias_ptr,
+    start,
+    end,
+    target,
+    lse,
+    w,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """``w·D`` of a block of a row, ``D = (onehot − softmax)·dz/dx``; may be written over the logits."""
+    x, j = load_logits(row_ptr, start, end, BLOCK_V)
+    z, slope = head_logits(x, bias_ptr, j, j < end, scale, softcap, HAS_BIAS, SOFTCAP)
+    d = w * (((j == target).to(tl.float32) - tl.exp(z - lse)) * slope)
+    d = d.to(d_row_ptr.dtype.element_ty)
+    if start + BLOCK_V <= end:
+        tl.store(d_row_ptr + j, d)
+    else:
+        tl.store(d_row_ptr + j, d, mask=j < end)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from napo_loss.kernels.launch import ELEMENTS_PER_WARP, MAX_BLOCK_V, on_device
-from napo_loss.kernels.linear_logits import head_logits
+from napo_loss.kernels.linear_logits import head_logits, load_logits, write_d
 
 
 @triton.jit
@@ -40,12 +40,8 @@ def linear_rows_kernel(
     total = tl.zeros([BLOCK_V], tl.float32)
     hit = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, V, BLOCK_V):
-        j = start + tl.arange(0, BLOCK_V)
-        if start + BLOCK_V <= V:  # a mask would narrow the loads
-            x = tl.load(row_ptr + j)
-        else:
-            x = tl.load(row_ptr + j, mask=j < V, other=0.0)
-        z, slope = head_logits(x, bias_ptr, j, j < V, scale, softcap, HAS_BIAS, SOFTCAP)
+        x, j = load_logits(row_ptr, start, V, BLOCK_V)
+        z, _slope = head_logits(x, bias_ptr, j, j < V, scale, softcap, HAS_BIAS, SOFTCAP)
         z = tl.where(j < V, z, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(z, axis=0))
         # While all logits seen are -inf there is nothing to subtract, and -inf − -inf would be NaN.
@@ -60,21 +56,11 @@ def linear_rows_kernel(
     tl.store(logp_ptr + row, tl.where(inside, tl.sum(hit, axis=0) - lse, float("nan")))
 
     if WRITE_D:
-        d_row_ptr = d_ptr + row * d_stride_row
         for start in range(0, V, BLOCK_V):
-            j = start + tl.arange(0, BLOCK_V)
-            inner = start + BLOCK_V <= V
-            if inner:
-                x = tl.load(row_ptr + j)
-            else:
-                x = tl.load(row_ptr + j, mask=j < V, other=0.0)
-            z, slope = head_logits(x, bias_ptr, j, j < V, scale, softcap, HAS_BIAS, SOFTCAP)
-            d = ((j == target).to(tl.float32) - tl.exp(z - lse)) * slope
-            d = d.to(d_ptr.dtype.element_ty)
-            if inner:
-                tl.store(d_row_ptr + j, d)
-            else:
-                tl.store(d_row_ptr + j, d, mask=j < V)
+            write_d(
+                row_ptr, d_ptr + row * d_stride_row, bias_ptr, start, V, target, lse, 1.0, scale, softcap, HAS_BIAS,
+                SOFTCAP, BLOCK_V,
+            )  # fmt: skip
 
 
 def linear_rows(

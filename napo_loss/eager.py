@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from napo_loss.factored import Head
-from napo_loss.gemm import blocks
+from napo_loss.gemm import accumulation_dtype, blocks
+from napo_loss.tokens import aligned_weights, targets
 
 CHUNK_BYTES = 4 * 2**20
 """Upcast logits held at a time: a few rows of a large vocabulary, small enough to stay in a CPU's cache."""
@@ -52,16 +53,9 @@ def logps_backward(
     grad[~_active(labels, shift, ignore_index)] = 0
 
 
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _active(labels: Tensor, shift: int, ignore_index: int) -> Tensor:
     """``[N, T]``: whether the logits at (n, t) predict a label that counts."""
-    active = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
-    T = labels.shape[1]
-    active[:, : T - shift] = labels[:, shift:] != ignore_index
-    return active
+    return targets(labels, bool(shift), ignore_index) != ignore_index
 
 
 def _active_rows(
@@ -81,11 +75,7 @@ def _aligned_weights(
     labels: Tensor, token_weights: Tensor | None, shift: int, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
     """``[N, T]``: the weight with which the logits at (n, t) count, 0 where they are masked."""
-    active = _active(labels, shift, ignore_index)
-    if token_weights is None:
-        return active.to(dtype)
-    # The last column has nothing to predict when shifted: wherever roll() puts it, it is masked.
-    return torch.where(active, token_weights.to(dtype).roll(-shift, dims=1), 0)
+    return aligned_weights(_active(labels, shift, ignore_index), token_weights, bool(shift), dtype)
 
 
 def check_range(labels: Tensor, V: int, ignore_index: int) -> None:

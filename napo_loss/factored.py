@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from napo_loss.gemm import HALF, blocks, mm_float32, mm_into
+from napo_loss.gemm import HALF, accumulation_dtype, blocks, mm_float32, mm_into
 
 SCRATCH = {"cpu": 32 * 2**20, "gpu": 512 * 2**20}
 """Bytes of logits worked on at a time, where the budget allows: enough rows to keep the matrix products efficient."""
@@ -50,6 +50,11 @@ class Needs(NamedTuple):
         """Whether backward needs D itself, not only U."""
         return self.weight or self.bias or self.lora
 
+    @property
+    def of_each(self) -> tuple[bool, ...]:
+        """For ``hidden, weight, bias, A, B``: both factors of LoRA go together."""
+        return *self, self.lora
+
 
 class Steps(NamedTuple):
     rows: Callable[..., tuple[Tensor, Tensor]]
@@ -75,7 +80,7 @@ def forward(
     (V, width), dtype = head.weight.shape, hidden.dtype
     rows = (targets.flatten() != ignore_index).nonzero().squeeze(1)
     A, scratch = len(rows), _scratch(hidden, budget)
-    full = torch.float64 if dtype == torch.float64 else torch.float32
+    full = accumulation_dtype(hidden)
     keep = needs.columns and A * V * dtype.itemsize + (scratch if dtype in HALF else 0) <= budget
     needs_D = needs.hidden or needs.lora or keep
 
@@ -85,9 +90,9 @@ def forward(
     logp, lse = new(A), new(A)
     U, DB = new(A if needs.hidden else 0, width), new(A if needs.lora else 0, 0 if head.B is None else head.B.shape[1])
     D = padded(hidden, A if keep else 0, V)
-    for chunk in blocks(A, scratch // (V * (full.itemsize + dtype.itemsize * (dtype in HALF)))):
+    for chunk in blocks(A, scratch // (V * _logit_bytes(hidden))):
         X = _gather(hidden, rows[chunk])
-        x = _logits(X, head, slice(0, V), out=D[chunk] if keep and dtype == full else None)
+        x = _logits(X, _low_rank(X, head), head, slice(0, V), out=D[chunk] if keep and dtype == full else None)
         # In full precision D replaces the logits; in half precision it is a matrix of its own.
         d = None
         if needs_D:
@@ -120,9 +125,8 @@ def backward(
 
     X = _gather(hidden, rows)
     V, kept = head.weight.shape[0], saved.D.numel() > 0
-    XA = None
+    target, XA = targets.flatten()[rows], _low_rank(X, head)
     if needs.lora:
-        XA = mm_float32(X, head.A.t()).mul_(head.lora_scale)
         dA = mm_float32((w[:, None] * saved.DB).t(), X.to(w.dtype)).mul_(head.lora_scale)
         grads["A"] = dA.to(head.A.dtype)
     for name, needed, like in (("weight", needs.weight, head.weight), ("bias", needs.bias, head.bias),
@@ -131,7 +135,7 @@ def backward(
             grads[name] = torch.empty_like(like, memory_format=torch.contiguous_format)
 
     # w goes into the factor that is made anew: X where D was kept, D where it is recomputed.
-    factors = {"weight": X, "B": XA}
+    factors = {"weight": X, "B": head.lora_scale * XA if XA is not None and needs.lora else None}
     if kept:
         factors = {name: None if x is None else w[:, None] * x for name, x in factors.items()}
     factors = {name: None if x is None else x.to(X.dtype) for name, x in factors.items()}
@@ -139,9 +143,9 @@ def backward(
         if kept:
             d = saved.D[:, columns]
         else:
-            x = _logits(X, head, columns)
+            x = _logits(X, XA, head, columns)
             d = x if x.dtype == X.dtype else padded(X, *x.shape)
-            steps.block(x, head, columns, targets.flatten()[rows], saved.lse, w, d)
+            steps.block(x, head, columns, target, saved.lse, w, d)
             del x
         for name, factor in factors.items():
             if (out := grads[name]) is not None:
@@ -151,12 +155,17 @@ def backward(
     return tuple(grads.values())
 
 
-def _logits(X: Tensor, head: Head, columns: slice, out: Tensor | None = None) -> Tensor:
+def _low_rank(X: Tensor, head: Head) -> Tensor | None:
+    """``X·Aᵀ``, ``[rows, r]`` in full precision."""
+    return None if head.A is None else mm_float32(X, head.A.t())
+
+
+def _logits(X: Tensor, XA: Tensor | None, head: Head, columns: slice, out: Tensor | None = None) -> Tensor:
     """Raw products ``[rows, columns]`` in full precision; bias, scale and softcap belong to the steps."""
     weight = head.weight[columns].t()
     x = mm_float32(X, weight) if out is None else torch.mm(X, weight, out=out)
-    if head.A is not None:
-        x.addmm_(mm_float32(X, head.A.t()), head.B[columns].t().to(x.dtype), alpha=head.lora_scale)
+    if XA is not None:
+        x.addmm_(XA, head.B[columns].t().to(x.dtype), alpha=head.lora_scale)
     return x
 
 
@@ -172,7 +181,7 @@ def padded(like: Tensor, rows: int, V: int) -> Tensor:
 
 def _column_sums(d: Tensor, w: Tensor | None) -> Tensor:
     """``Σ_rows w·d`` in full precision; ``w`` is already in ``d`` where None."""
-    total = torch.zeros(d.shape[1], dtype=torch.promote_types(d.dtype, torch.float32), device=d.device)
+    total = torch.zeros(d.shape[1], dtype=accumulation_dtype(d), device=d.device)
     for rows in blocks(len(d), 64):  # of which there is a copy in full precision
         part = d[rows].to(total.dtype)
         total += part.sum(0) if w is None else w[rows] @ part
@@ -183,8 +192,12 @@ def _columns(X: Tensor, V: int, kept: bool, scratch: int) -> int:
     """Columns of the vocabulary at a time: what is as large as they are wide must fit the scratch memory."""
     if kept:  # float32 results before they are rounded
         return V if X.dtype not in HALF else scratch // (4 * X.shape[1])
-    per_column = len(X) * (max(4, X.element_size()) + X.element_size() * (X.dtype in HALF))
-    return max(64, scratch // max(1, per_column))
+    return max(64, scratch // max(1, len(X) * _logit_bytes(X)))
+
+
+def _logit_bytes(X: Tensor) -> int:
+    """Of one logit while it is worked on: in full precision, and D beside it in half precision."""
+    return accumulation_dtype(X).itemsize + X.element_size() * (X.dtype in HALF)
 
 
 def _scratch(hidden: Tensor, budget: int) -> int:

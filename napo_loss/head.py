@@ -73,7 +73,7 @@ def fused_head(model: Model, *, logits_budget: int | None = None) -> Iterator[Mo
         for unused in ("logits_to_keep", "num_items_in_batch", "return_dict", "use_cache"):
             kwargs.pop(unused, None)
         hidden = inner.base_model(*args, **kwargs, use_cache=False).last_hidden_state
-        # Called as a module, so that whoever shards the head gathers it; its forward is one of `projections` below.
+        # Called as a module, so that whoever shards the head gathers it; its forward is `projection` below.
         tokens = {"labels": labels, "token_weights": token_weights, "cu_seqlens": kwargs.get("cu_seq_lens_q")}
         return inner.get_output_embeddings()(hidden, tokens=tokens)
 

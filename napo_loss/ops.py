@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from napo_loss import eager, formulas
+from napo_loss.gemm import accumulation_dtype
 from napo_loss.types import MIN_LENGTH
 
 HAS_TRITON = find_spec("triton") is not None
@@ -58,7 +59,7 @@ def sequence_logps(
 def _(logits, labels, token_weights, shift, ignore_index, inplace_backward, backend):
     N, T, _ = logits.shape
     lse_shape = (N, T) if uses_triton(backend, logits) else (0,)
-    return tuple(logits.new_empty(x, dtype=eager.accumulation_dtype(logits)) for x in (N, N, lse_shape))
+    return tuple(logits.new_empty(x, dtype=accumulation_dtype(logits)) for x in (N, N, lse_shape))
 
 
 @torch.library.custom_op("napo_loss::sequence_logps_backward", mutates_args=())

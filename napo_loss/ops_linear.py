@@ -9,6 +9,7 @@ from torch import Tensor
 
 from napo_loss import eager, factored
 from napo_loss.factored import Head, Needs, Saved, Steps
+from napo_loss.gemm import accumulation_dtype
 from napo_loss.ops import no_double_backward, uses_triton
 
 
@@ -64,7 +65,7 @@ def linear_logps(
 @linear_logps.register_fake
 def _(hidden, weight, bias, A, B, targets, scalars, ignore_index, budget, needs, backend):
     need, (V, width) = Needs(*needs), weight.shape
-    dtype = eager.accumulation_dtype(hidden)
+    dtype = accumulation_dtype(hidden)
     rows, kept = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
     return (
         hidden.new_empty(targets.shape, dtype=dtype),
@@ -102,11 +103,9 @@ def linear_logps_backward(
 
 @linear_logps_backward.register_fake
 def _(grad, hidden, weight, bias, A, B, targets, saved, scalars, budget, needs, backend):
-    hidden_needed, weight_needed, bias_needed, lora_needed = needs
-    asked = [hidden_needed, weight_needed, bias_needed, lora_needed, lora_needed]
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
-        for x, needed in zip((hidden, weight, bias, A, B), asked, strict=True)
+        for x, needed in zip((hidden, weight, bias, A, B), Needs(*needs).of_each, strict=True)
     )
 
 
@@ -124,8 +123,7 @@ def _backward(ctx, grad, *_):
     grads = linear_logps_backward(
         grad, *arguments, targets, saved, ctx.scalars, ctx.budget, ctx.needs, ctx.backend
     )  # fmt: skip
-    hidden, weight, bias, lora = ctx.needs
-    asked = (hidden, weight, bias, lora, lora)
+    asked = Needs(*ctx.needs).of_each
     return *(x if needed else None for x, needed in zip(grads, asked, strict=True)), *(None,) * 6
 
 

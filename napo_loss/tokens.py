@@ -41,15 +41,18 @@ def targets(labels: Tensor, shift: bool, ignore_index: int, packing: Packing | N
     return moved
 
 
+def aligned_weights(active: Tensor, token_weights: Tensor | None, shift: bool, dtype: torch.dtype) -> Tensor:
+    """The weight with which each position counts, 0 where it is masked."""
+    if token_weights is None:
+        return active.to(dtype)
+    # The last position predicts nothing when shifted: wherever roll() puts its weight, it is masked.
+    return torch.where(active, token_weights.detach().to(dtype).roll(-int(shift), dims=-1), 0)
+
+
 def per_sequence(
     token_logps: Tensor, active: Tensor, token_weights: Tensor | None, shift: bool, packing: Packing | None
 ) -> SequenceLogps:
     """Weighted sums of token log-probs. ``active`` and the log-probs are aligned with the positions that predict."""
-    if token_weights is None:
-        weights = active.to(token_logps.dtype)
-    else:
-        # The last position predicts nothing when shifted: wherever roll() puts its weight, it is masked.
-        aligned = token_weights.detach().to(token_logps.dtype).roll(-int(shift), dims=-1)
-        weights = torch.where(active, aligned, 0)
+    weights = aligned_weights(active, token_weights, shift, token_logps.dtype)
     total = (lambda x: x.sum(1)) if packing is None else packing.sum
     return SequenceLogps(total(weights * token_logps), total(weights))

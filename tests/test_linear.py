@@ -123,10 +123,10 @@ def test_products_are_counted(flops, monkeypatch, trained, budget, products):
     direct = []  # logits straight into the kept buffer
     original = factored._logits
 
-    def logits(X, head, columns, out=None):
+    def logits(X, XA, head, columns, out=None):
         if out is not None:
             direct.append(2 * len(X) * X.shape[1] * head.weight.shape[0])
-        return original(X, head, columns, out)
+        return original(X, XA, head, columns, out)
 
     monkeypatch.setattr(factored, "_logits", logits)
     run(linear_sequence_logps, tensors, labels, upstream, trained=trained, bias=False, logits_budget=budget)

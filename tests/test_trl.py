@@ -324,7 +324,7 @@ def test_streams(tmp_path):
 def test_reference_log_probs_are_cached_per_pair_of_columns(tmp_path, monkeypatch):
     tiny.text_pairs(4).save_to_disk(str(tmp_path / "pairs"))
     saved, passes = Dataset.load_from_disk(str(tmp_path / "pairs")), []
-    once = DPOTrainer.compute_ref_log_probs
+    once = NaPOTrainer.compute_ref_log_probs
     monkeypatch.setattr(NaPOTrainer, "compute_ref_log_probs", lambda *a: passes.append(1) or once(*a))
     found = []
     for columns in (PAPER, PAPER, ["rejected", "image_only"]):
