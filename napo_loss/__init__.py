@@ -5,6 +5,7 @@ from napo_loss.head import fused_head
 from napo_loss.linear import linear_sequence_logps
 from napo_loss.logps import sequence_logps
 from napo_loss.objective import napo_loss, noise_aware_dpo_loss, noise_level
+from napo_loss.parallel import all_reduce_logps
 from napo_loss.types import (
     PAPER_NEGATIVES,
     LowRank,
@@ -13,6 +14,7 @@ from napo_loss.types import (
     PreferenceLoss,
     Recipe,
     SequenceLogps,
+    VocabShard,
 )
 
 __all__ = [
@@ -23,7 +25,9 @@ __all__ = [
     "PreferenceLoss",
     "Recipe",
     "SequenceLogps",
+    "VocabShard",
     "__version__",
+    "all_reduce_logps",
     "fused_head",
     "linear_sequence_logps",
     "napo_loss",

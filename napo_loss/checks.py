@@ -38,16 +38,20 @@ def check_logps(
     policy_rejected: Tensor,
     reference_chosen: Tensor | None,
     reference_rejected: Tensor | None,
+    *,
+    may_be_empty: bool = False,
 ) -> None:
     """``[B]`` chosen, ``[B]`` or ``[K, B]`` rejected, and references of the same shapes or none at all."""
     check_tensor("policy_chosen_logps", policy_chosen)
     if policy_chosen.dim() != 1:
         raise ValueError(f"policy_chosen_logps must have shape [B], got {list(policy_chosen.shape)}")
-    if policy_chosen.numel() == 0:
-        raise ValueError("policy_chosen_logps is empty: the batch holds no pair")
+    if policy_chosen.numel() == 0 and not may_be_empty:
+        raise ValueError(
+            "policy_chosen_logps is empty: the batch holds no pair, which only a rank of a process_group may do"
+        )
     check_tensor("policy_rejected_logps", policy_rejected)
     shape = policy_rejected.shape
-    if len(shape) not in (1, 2) or shape[-1] != policy_chosen.shape[0] or shape[0] == 0:
+    if len(shape) not in (1, 2) or shape[-1] != policy_chosen.shape[0] or shape[:-1].numel() == 0:
         raise ValueError(
             f"policy_rejected_logps must have shape [B] or [K, B] with B = {policy_chosen.shape[0]} and K >= 1, "
             f"got {list(shape)}"
@@ -68,9 +72,10 @@ def check_logps(
         check_like("reference_rejected_logps", reference_rejected, "policy_rejected_logps", policy_rejected, shape)
 
 
-def check_margin(margin: Tensor) -> None:
+def check_margin(margin: Tensor, *, may_be_empty: bool = False) -> None:
     check_tensor("margin", margin)
-    if margin.dim() not in (1, 2) or margin.numel() == 0:
+    no_rows, no_pairs = margin.shape[:-1].numel() == 0, margin.numel() == 0 and not may_be_empty
+    if margin.dim() not in (1, 2) or no_rows or no_pairs:
         raise ValueError(f"margin must be a non-empty [B] or [K, B] tensor, got shape {list(margin.shape)}")
 
 
@@ -99,6 +104,18 @@ def check_estimator(bounds: tuple[float, float], reduction: str, decay: float) -
         raise ValueError(f"reduction must be 'rank_mean', 'mean' or 'none', got {reduction!r}")
     if not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), got {decay}")
+
+
+def check_group(name: str, group: object) -> None:
+    """``None``, or a process group that this process is in: PyTorch's collectives only warn and return otherwise."""
+    if group is None:
+        return
+    import torch.distributed as dist
+
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{name} is a process group that this process (rank {dist.get_rank()}) is not in")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
 
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -158,21 +175,29 @@ def check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor) -> None:
 
 SHARDED = (
     "{name} is {what}: its values are not all here. Call the model inside napo_loss.fused_head(model), which computes "
-    "log-probs inside the model's own forward, where FSDP2 and ZeRO-3 gather the head; or gather it yourself"
+    "log-probs inside the model's own forward, where FSDP2 and ZeRO-3 gather the head; or gather it yourself. A head "
+    "split over the vocabulary by tensor parallelism is given as a DTensor with hidden as a DTensor, or as a VocabShard"
 )
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None) -> None:
-    """``hidden [..., D]`` and the lm_head's tensors: whole, on one device, of one width and (autocast apart) dtype."""
+def is_dtensor(x: object) -> bool:
+    return hasattr(x, "full_tensor")
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None, *, shard: bool = False
+) -> None:
+    """``hidden [..., D]`` and the lm_head's tensors: whole (or a ``shard`` of the vocabulary, which may be nothing), on
+    one device, of one width and (autocast apart) dtype."""
     check_tensor("hidden", hidden)
     given = {"weight": weight}
     given |= {} if bias is None else {"bias": bias}
     given |= {} if low_rank is None else {"A": low_rank[0], "B": low_rank[1]}
     for name, x in given.items():
         check_tensor(name, x)
-        if hasattr(x, "full_tensor"):
+        if is_dtensor(x):
             raise TypeError(SHARDED.format(name=name, what="a DTensor"))
-        if x.numel() == 0:
+        if x.numel() == 0 and not shard:
             raise ValueError(SHARDED.format(name=name, what=f"empty, shape {list(x.shape)}, as a ZeRO-3 shard"))
         if x.device != hidden.device:
             raise ValueError(f"{name} is on {x.device}, but hidden is on {hidden.device}")

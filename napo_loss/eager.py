@@ -34,20 +34,38 @@ def logps_forward(
     return (weights * logps).sum(1), weights.sum(1)
 
 
+def token_logps(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """``logp [A]`` (NaN where the label is outside) and ``lse [A]`` of active positions, whose labels are aligned."""
+    dtype = accumulation_dtype(logits)
+    logp, lse = [logits.new_empty(0, dtype=dtype)], [logits.new_empty(0, dtype=dtype)]
+    for n, t, target, inside in _active_rows(logits, targets, 0, ignore_index):
+        x = logits[n, t].to(dtype)
+        lse.append(x.logsumexp(-1))
+        logp.append(x.gather(1, target).where(inside, torch.nan).squeeze(1) - lse[-1])
+    return torch.cat(logp), torch.cat(lse)
+
+
 def logps_backward(
     grad_sum: Tensor,
     logits: Tensor,
     labels: Tensor,
     token_weights: Tensor | None,
+    lse: Tensor,
     grad: Tensor,
     shift: int,
     ignore_index: int,
 ) -> None:
-    """Writes ``dlogits`` into ``grad`` (every element), which may be ``logits`` itself."""
+    """Writes ``dlogits`` into ``grad`` (every element), which may be ``logits`` itself.
+
+    ``lse [N, T]`` is that of a vocabulary of which these logits are a part; empty where they are all.
+    """
     w = grad_sum[:, None] * _aligned_weights(labels, token_weights, shift, ignore_index, grad_sum.dtype)
     for n, t, target, inside in _active_rows(logits, labels, shift, ignore_index):
         row_w = w[n, t, None]
-        row = logits[n, t].softmax(-1, dtype=w.dtype).mul_(-row_w)
+        if lse.numel():
+            row = (logits[n, t].to(w.dtype) - lse[n, t, None]).exp_().mul_(-row_w)
+        else:
+            row = logits[n, t].softmax(-1, dtype=w.dtype).mul_(-row_w)
         row.scatter_add_(1, target, row_w.where(inside, 0))
         grad[n, t] = row.to(grad.dtype)
     grad[~_active(labels, shift, ignore_index)] = 0
@@ -91,11 +109,13 @@ def check_range(labels: Tensor, V: int, ignore_index: int) -> None:
 
 
 def linear_rows(x: Tensor, head: Head, targets: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Raw logits ``[rows, V]``, overwritten, to ``logp`` and ``lse``; D goes to ``out``, which may be ``x``."""
+    """Raw logits ``[rows, V]`` to ``logp`` and ``lse``. D goes to ``out``, which may be ``x``, and ``x`` is lost;
+    without ``out`` it stays as it is.
+    """
     V = x.shape[1]
     logp, lse = x.new_empty(len(x)), x.new_empty(len(x))
     for part in blocks(len(x), CHUNK_BYTES // (V * x.element_size())):
-        z, target = x[part], targets[part, None].long()
+        z, target = x[part] if out is not None else x[part].clone(), targets[part, None].long()
         slope = _shape_logits(z, head, slice(0, V))
         inside = (target >= 0) & (target < V)
         target = target.where(inside, 0)

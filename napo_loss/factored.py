@@ -58,9 +58,14 @@ class Needs(NamedTuple):
 
 class Steps(NamedTuple):
     rows: Callable[..., tuple[Tensor, Tensor]]
-    """``(logits, head, targets, out) -> logp, lse``; writes D of whole rows into ``out`` unless it is None."""
+    """``(logits, head, targets, out) -> logp, lse``; writes D of whole rows into ``out``, unless it is None: then the
+    logits stay as they are."""
     block: Callable[..., None]
     """``(logits, head, columns, targets, lse, w, out)``: writes ``w·D`` of some columns into ``out``."""
+    reduce: Callable[[Tensor], Tensor] = lambda x: x
+    """Adds what the other columns of a split vocabulary contribute, in place; here all columns are."""
+    width: int | None = None
+    """Columns by which rows are chunked, the same on every rank that exchanges something for each chunk; None: V."""
 
 
 class Saved(NamedTuple):
@@ -90,7 +95,7 @@ def forward(
     logp, lse = new(A), new(A)
     U, DB = new(A if needs.hidden else 0, width), new(A if needs.lora else 0, 0 if head.B is None else head.B.shape[1])
     D = padded(hidden, A if keep else 0, V)
-    for chunk in blocks(A, scratch // (V * _logit_bytes(hidden))):
+    for chunk in blocks(A, scratch // ((steps.width or V) * _logit_bytes(hidden))):
         X = _gather(hidden, rows[chunk])
         x = _logits(X, _low_rank(X, head), head, slice(0, V), out=D[chunk] if keep and dtype == full else None)
         # In full precision D replaces the logits; in half precision it is a matrix of its own.
@@ -119,7 +124,7 @@ def backward(
     grads: dict[str, Tensor | None] = dict.fromkeys(("hidden", "weight", "bias", "A", "B"))
     if needs.hidden:
         grads["hidden"] = dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        dhidden.view(-1, hidden.shape[-1])[rows] = (w[:, None] * saved.U).to(hidden.dtype)
+        dhidden.view(-1, hidden.shape[-1])[rows] = steps.reduce(w[:, None] * saved.U).to(hidden.dtype)
     if not needs.columns:
         return tuple(grads.values())
 
@@ -127,7 +132,7 @@ def backward(
     V, kept = head.weight.shape[0], saved.D.numel() > 0
     target, XA = targets.flatten()[rows], _low_rank(X, head)
     if needs.lora:
-        dA = mm_float32((w[:, None] * saved.DB).t(), X.to(w.dtype)).mul_(head.lora_scale)
+        dA = steps.reduce(mm_float32((w[:, None] * saved.DB).t(), X.to(w.dtype)).mul_(head.lora_scale))
         grads["A"] = dA.to(head.A.dtype)
     for name, needed, like in (("weight", needs.weight, head.weight), ("bias", needs.bias, head.bias),
                                ("B", needs.lora, head.B)):  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 import torch
@@ -19,12 +18,13 @@ from napo_loss.checks import (
     check_positive,
 )
 from napo_loss.tokens import Packing, per_sequence, targets
-from napo_loss.types import LowRank, SequenceLogps
+from napo_loss.types import LowRank, SequenceLogps, VocabShard
+from napo_loss.vocabulary import local_head
 
 
 def linear_sequence_logps(
     hidden: Tensor,
-    weight: Tensor | LowRank,
+    weight: Tensor | LowRank | VocabShard,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -53,9 +53,13 @@ def linear_sequence_logps(
         hidden: ``[N, T, D]``, float32, bfloat16, float16 or float64: the backbone's last hidden state, any strides.
         weight: ``[V, D]`` in hidden's dtype (under autocast both are cast), or a :class:`napo_loss.LowRank`: a head
             with LoRA factors, whose gradients are formed without a full ``dweight``. A tensor that requires no
-            gradient costs nothing in backward.
+            gradient costs nothing in backward. Where the vocabulary is split over ranks: a DTensor with ``Shard(0)``
+            beside a DTensor ``hidden`` (replicated, or split over positions: it is gathered), or a
+            :class:`napo_loss.VocabShard` of this rank's rows, with the same ``hidden`` on every rank. Then three floats
+            per active position are exchanged forward, the gradient of ``hidden`` is one sum over ranks, in float32 and
+            of active positions, and that of the head stays where its rows are.
         labels: ``[N, T]``, int64 or int32, unshifted, ``ignore_index`` where a token does not count.
-        bias: ``[V]``.
+        bias: ``[V]``; split like ``weight``.
         softcap: Gemma's ``final_logit_softcapping``.
         logit_scale: Cohere's ``logit_scale``, ``1/logits_scaling`` for Granite, ``1/temperature``.
         token_weights: ``[N, T]``, aligned with ``labels``. Not differentiated.
@@ -65,7 +69,7 @@ def linear_sequence_logps(
             :func:`napo_loss.sequence_logps`.
         logits_budget: bytes of logits-sized memory that may exist at a time, the D kept for backward included.
             Default: a quarter of the GPU's free memory, an eighth of the free memory of a CPU. Smaller: more chunks,
-            and D recomputed, one more product.
+            and D recomputed, one more product. The same on every rank of a split vocabulary.
         backend: as in :func:`napo_loss.sequence_logps`.
 
     Returns:
@@ -74,7 +78,8 @@ def linear_sequence_logps(
     Raises:
         ValueError: on mismatched shapes or devices, an empty batch, a label outside the vocabulary (on a GPU: NaN in
             that sequence's sum), an empty weight (a ZeRO-3 shard).
-        TypeError: on other dtypes, ``hidden`` and ``weight`` of two dtypes outside autocast, a DTensor.
+        TypeError: on other dtypes, ``hidden`` and ``weight`` of two dtypes outside autocast, a DTensor that is not
+            split over the vocabulary.
         ImportError: on a GPU without Triton, unless ``backend="eager"``.
         NotImplementedError: when differentiated twice.
 
@@ -94,13 +99,12 @@ def linear_sequence_logps(
     Source:
         The factored gradient is the softmax cross-entropy's; the order of work is this library's, see DESIGN.md.
     """
-    if isinstance(weight, LowRank):
-        weight, A, B, lora_scale = weight
-    else:
-        A, B, lora_scale = None, None, 1.0
+    hidden, head, bias, columns = local_head(hidden, weight, bias)
+    A, B, lora_scale = head[1:] if isinstance(head, LowRank) else (None, None, 1.0)
+    weight = head.weight if isinstance(head, LowRank) else head
     packed = cu_seqlens is not None
     check_positions("hidden", hidden, "D", packed)
-    check_head(hidden, weight, bias, None if A is None or B is None else (A, B))
+    check_head(hidden, weight, bias, None if A is None or B is None else (A, B), shard=columns is not None)
     check_labels(labels, hidden, "hidden")
     if packed:
         check_cu_seqlens(cu_seqlens, labels)
@@ -121,21 +125,11 @@ def linear_sequence_logps(
     grad = torch.is_grad_enabled()
     needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     needs += [grad and any(x is not None and x.requires_grad for x in (A, B))]
+    *numbers, group = columns or ("",)
     logps = ops_linear.linear_logps(
         hidden[None] if packed else hidden, weight, bias, A, B, target[None] if packed else target,
         [lora_scale, logit_scale or 1.0, softcap or 0.0], ignore_index,
-        int(logits_budget or default_budget(hidden.device)), needs, backend,
+        int(logits_budget or 0), needs, backend, numbers, group,
     )[0]  # fmt: skip
     logps = logps[0] if packed else logps
     return per_sequence(logps, target != ignore_index, token_weights, shift, packing)
-
-
-def default_budget(device: torch.device) -> int:
-    """A quarter of a GPU's free memory (what PyTorch's allocator holds unused is free), an eighth of a CPU's."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + unused) // 4
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
-    except (ValueError, OSError, AttributeError):  # not every system says
-        return 2**30

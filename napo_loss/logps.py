@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from napo_loss import ops
+from napo_loss import ops, ops_sharded
 from napo_loss.checks import (
     check_backend,
     check_cu_seqlens,
@@ -17,11 +17,12 @@ from napo_loss.checks import (
     check_writable,
 )
 from napo_loss.tokens import Packing, per_sequence, targets
-from napo_loss.types import SequenceLogps
+from napo_loss.types import SequenceLogps, VocabShard
+from napo_loss.vocabulary import local_logits
 
 
 def sequence_logps(
-    logits: Tensor,
+    logits: Tensor | VocabShard,
     labels: Tensor,
     *,
     token_weights: Tensor | None = None,
@@ -38,7 +39,10 @@ def sequence_logps(
     hold anything, NaN included, and their gradient is exactly 0.
 
     Args:
-        logits: ``[N, T, V]``, float32, bfloat16, float16 (computed in float32) or float64; any strides.
+        logits: ``[N, T, V]``, float32, bfloat16, float16 (computed in float32) or float64; any strides. Where the
+            vocabulary is split over ranks: a DTensor with ``Shard(-1)``, or a :class:`napo_loss.VocabShard` of this
+            rank's columns. Then three floats per active position are exchanged forward and nothing backward, with one
+            host sync.
         labels: ``[N, T]``, int64 or int32, the Hugging Face convention: unshifted, ``ignore_index`` where a
             token does not count. Position t of the logits predicts label t + 1; the shift copies nothing.
         token_weights: ``[N, T]``, aligned with ``labels``; weighs each token's log-prob. Not differentiated.
@@ -84,6 +88,7 @@ def sequence_logps(
         The factored gradient is the softmax cross-entropy's; the convention is transformers'.
     """
     packed = cu_seqlens is not None
+    logits, columns = local_logits(logits)
     check_logits(logits, packed)
     check_labels(labels, logits)
     if packed:
@@ -95,11 +100,16 @@ def sequence_logps(
         token_weights = token_weights.detach()
     check_backend(backend)
     inplace = inplace_backward and not torch.compiler.is_compiling()
-    if not packed:
+    if not packed and columns is None:
         sums, lengths, _ = ops.sequence_logps(logits, labels, token_weights, int(shift), ignore_index, inplace, backend)
         return SequenceLogps(sums, lengths.detach())
-    # Each position is a sequence of its own to the kernels; adding up `total` floats is cheap.
-    packing = Packing(cu_seqlens, labels.shape[0])
+    packing = Packing(cu_seqlens, labels.shape[0]) if cu_seqlens is not None else None
     target = targets(labels, shift, ignore_index, packing)
-    logps, active, _ = ops.sequence_logps(logits[:, None], target[:, None], None, 0, ignore_index, inplace, backend)
-    return per_sequence(logps, active.detach() > 0, token_weights, shift, packing)
+    # Each packed position is a sequence of its own to the kernels; adding up `total` floats is cheap.
+    x, y = (logits[:, None], target[:, None]) if packed else (logits, target)
+    if columns is None:
+        logps = ops.sequence_logps(x, y, None, 0, ignore_index, inplace, backend)[0]
+    else:
+        *numbers, group = columns
+        logps = ops_sharded.sharded_logps(x, y, ignore_index, inplace, numbers, group, backend)[0]
+    return per_sequence(logps.view(target.shape), target != ignore_index, token_weights, shift, packing)

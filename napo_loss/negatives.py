@@ -35,6 +35,8 @@ def pack(
     reference_chosen: Logps | None,
     reference_rejected: Logps | Mapping[str, Logps] | None,
     recipe: Recipe,
+    *,
+    may_be_empty: bool = False,
 ) -> Group:
     """Checks everything a caller of :func:`napo_loss.napo_loss` can get wrong, and stacks the negatives."""
     names = _names(policy_rejected)
@@ -47,7 +49,7 @@ def pack(
     rejected, rejected_length = _stack("policy_rejected_logps", policy_rejected)
     ref_chosen = None if reference_chosen is None else _split(reference_chosen)[0]
     ref_rejected = None if reference_rejected is None else _stack("reference_rejected_logps", reference_rejected)[0]
-    check_logps(chosen, rejected, ref_chosen, ref_rejected)
+    check_logps(chosen, rejected, ref_chosen, ref_rejected, may_be_empty=may_be_empty)
 
     stacked = rejected.dim() == 2
     negatives = _settings(recipe, names, K=rejected.shape[0] if stacked else 1)
@@ -75,6 +77,19 @@ def flat_settings(negatives: tuple[Negative, ...]) -> list[float]:
         *(math.nan if n.q is None else n.q for n in negatives),
         *(n.weight for n in negatives),
     ]
+
+
+def row_per_negative(q: float | Tensor | None, group: Group) -> Tensor | None:
+    """``previous_q`` as one value (or one row) per negative."""
+    if q is None:
+        return None
+    K, B = group.policy_rejected.shape
+    q = torch.as_tensor(q, dtype=torch.float32, device=group.policy_rejected.device).detach()
+    row = q if group.stacked else q[None]
+    if row.shape not in ((K,), (K, B)):
+        expected = f"[{K}]" if group.stacked else "a scalar"
+        raise ValueError(f"previous_q must be the .q of the step before, {expected}, got shape {list(q.shape)}")
+    return row
 
 
 def _row(x: Tensor | None) -> Tensor | None:

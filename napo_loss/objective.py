@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from napo_loss import ops
-from napo_loss.checks import check_estimator, check_logps, check_margin, check_positive, check_q
+from napo_loss.checks import check_estimator, check_group, check_logps, check_margin, check_positive, check_q
 from napo_loss.formulas import Q_BOUNDS, box_cox, combine, log_ratio, q_of, smooth, upcast
-from napo_loss.negatives import Group, Logps, flat_settings, pack
+from napo_loss.negatives import Group, Logps, flat_settings, pack, row_per_negative
 from napo_loss.parallel import mean_over_group
 from napo_loss.types import NaPOLoss, PreferenceLoss, Recipe
 
@@ -111,8 +111,10 @@ def noise_level(
         reduction: what m̄ is. ``"rank_mean"``: the mean over ranks of each rank's mean, as published;
             ``"mean"``: the mean over all samples of all ranks, right for ragged batches; ``"none"``: each
             sample's own margin (no communication).
-        process_group: ranks to average over (``torch.distributed.group.WORLD`` for all). ``None``: this
-            process alone; there is no hidden communication. All negatives share one all-reduce.
+        process_group: ranks to average over (``torch.distributed.group.WORLD`` for all; None, and so this process
+            alone, before ``init_process_group``). ``None``: this process alone; there is no hidden communication.
+            All negatives share one all-reduce. A rank without pairs (``[0]`` or ``[K, 0]``) takes part in it and
+            changes nothing.
         previous: the q of the step before, to smooth with; ``None`` at the first step.
         decay: share of ``previous`` that is kept: ``decay·previous + (1 − decay)·q``, in [0, 1).
 
@@ -120,7 +122,8 @@ def noise_level(
         q, detached: a scalar for ``[B]``, ``[K]`` for ``[K, B]``, or shaped as ``margin`` with ``"none"``.
 
     Raises:
-        ValueError: on an empty margin, more than two dimensions, α ≤ 0, bounds or decay out of range.
+        ValueError: on an empty margin without a process group, more than two dimensions, α ≤ 0, bounds or decay out
+            of range, a process group that this process is not in.
         TypeError: where ``margin`` is not a floating-point tensor.
 
     Example:
@@ -134,7 +137,8 @@ def noise_level(
     Source:
         arXiv:2503.17928 and its published code.
     """
-    check_margin(margin)
+    check_group("process_group", process_group)
+    check_margin(margin, may_be_empty=process_group is not None)
     check_positive("alpha", alpha)
     check_estimator(bounds, reduction, decay)
     margin = upcast(margin.detach())
@@ -171,8 +175,9 @@ def napo_loss(
         beta: strength β > 0.
         recipe: the other settings, see :class:`Recipe`. Default: the published values.
         previous_q: the ``.q`` of the step before, where ``recipe.decay > 0`` smooths q.
-        process_group: ranks over which mean margins are averaged (see :func:`noise_level`), in one
-            all-reduce for all negatives and weights together.
+        process_group: ranks over which mean margins are averaged (see :func:`noise_level`), in one all-reduce for all
+            negatives and weights together. A rank without pairs takes part with ``[0]`` and ``[K, 0]``; its losses
+            are empty, so add them up instead of averaging (docs/scale.md).
 
     Returns:
         ``losses [B]`` (weighted over negatives), ``chosen_rewards [B]``, ``rejected_rewards`` (``[B]``, or
@@ -205,27 +210,18 @@ def napo_loss(
         arXiv:2503.17928 and its published code (β, α, weights, bounds, the SFT term).
     """
     check_positive("beta", beta)
+    check_group("process_group", process_group)
     recipe = recipe or Recipe()
-    group = pack(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, recipe)
-    previous = _previous(previous_q, group)
+    group = pack(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, recipe,
+        may_be_empty=process_group is not None,
+    )  # fmt: skip
+    previous = row_per_negative(previous_q, group)
     objective = _fused if _can_fuse(group, recipe) else combine
     losses, chosen_rewards, rejected_rewards, q, weights = objective(group, beta, recipe, previous, process_group)
     if not group.stacked:
         rejected_rewards, q, weights = rejected_rewards[0], q[0], weights[0]
     return NaPOLoss(losses, chosen_rewards, rejected_rewards, q, weights)
-
-
-def _previous(q: float | Tensor | None, group: Group) -> Tensor | None:
-    """``previous_q`` as one value (or one row) per negative."""
-    if q is None:
-        return None
-    K, B = group.policy_rejected.shape
-    q = torch.as_tensor(q, dtype=torch.float32, device=group.policy_rejected.device).detach()
-    row = q if group.stacked else q[None]
-    if row.shape not in ((K,), (K, B)):
-        expected = f"[{K}]" if group.stacked else "a scalar"
-        raise ValueError(f"previous_q must be the .q of the step before, {expected}, got shape {list(q.shape)}")
-    return row
 
 
 def _can_fuse(group: Group, recipe: Recipe) -> bool:

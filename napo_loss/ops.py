@@ -105,7 +105,7 @@ def _write_grad(grad_sum, logits, labels, token_weights, lse, grad, shift, ignor
 
         logps_backward(grad_sum, logits, labels, token_weights, lse, grad, shift, ignore_index)
     else:
-        eager.logps_backward(grad_sum, logits, labels, token_weights, grad, shift, ignore_index)
+        eager.logps_backward(grad_sum, logits, labels, token_weights, lse, grad, shift, ignore_index)
 
 
 def _setup_context(ctx, inputs, output):

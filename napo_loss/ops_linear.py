@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from napo_loss import eager, factored
 from napo_loss.factored import Head, Needs, Saved, Steps
 from napo_loss.gemm import accumulation_dtype
 from napo_loss.ops import no_double_backward, uses_triton
+from napo_loss.vocabulary import Columns, sharded
 
 
 def _kernel_rows(logits: Tensor, head: Head, targets: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -32,6 +34,29 @@ KERNELS = Steps(_kernel_rows, _kernel_block)
 EAGER = Steps(eager.linear_rows, eager.linear_block)
 
 
+def _steps(backend: str, x: Tensor, columns: Sequence[int], group: str) -> Steps:
+    steps = KERNELS if uses_triton(backend, x) else EAGER
+    return sharded(steps, Columns.of(columns, group)) if columns else steps
+
+
+def _budget(given: int, device: torch.device, *, shared: bool) -> int:
+    """Default: a quarter of a GPU's free memory (what PyTorch holds unused is free), an eighth of a CPU's.
+
+    ``shared`` with ranks that must form the same chunks: enough for a full scratch, whatever is free here.
+    """
+    if given:
+        return given
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        found = (torch.cuda.mem_get_info(device)[0] + unused) // 4
+    else:
+        try:
+            found = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+        except (ValueError, OSError, AttributeError):  # not every system says
+            found = 2**30
+    return max(found, max(factored.SCRATCH.values())) if shared else found
+
+
 @torch.library.custom_op("napo_loss::linear_logps", mutates_args=())
 def linear_logps(
     hidden: Tensor,
@@ -45,16 +70,21 @@ def linear_logps(
     budget: int,
     needs: Sequence[bool],
     backend: str,
+    columns: Sequence[int],
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``logp [N, T]`` and the five tensors of :class:`napo_loss.factored.Saved`.
 
-    ``scalars``: LoRA scale, logit scale, softcap. ``needs``: :class:`napo_loss.factored.Needs`, as an operator runs
-    below autograd and cannot see it.
+    ``scalars``: LoRA scale, logit scale, softcap. ``budget``: 0 for the default. ``needs``:
+    :class:`napo_loss.factored.Needs`, as an operator runs below autograd and cannot see it. ``columns`` and ``group``:
+    :class:`napo_loss.vocabulary.Columns`, empty where the whole vocabulary is here.
     """
     head = Head(weight, bias, A, B, *scalars)
-    steps = KERNELS if uses_triton(backend, hidden) else EAGER
-    if steps is EAGER:
-        eager.check_range(targets, weight.shape[0], ignore_index)
+    steps = _steps(backend, hidden, columns, group)
+    if not uses_triton(backend, hidden):
+        V = Columns.of(columns, group).V if columns else weight.shape[0]
+        eager.check_range(targets, V, ignore_index)
+    budget = _budget(budget, hidden.device, shared=bool(columns))
     with torch.autocast(hidden.device.type, enabled=False):
         logp, (rows, lse, U, DB, D) = factored.forward(
             hidden, head, targets, ignore_index, budget, Needs(*needs), steps
@@ -63,7 +93,7 @@ def linear_logps(
 
 
 @linear_logps.register_fake
-def _(hidden, weight, bias, A, B, targets, scalars, ignore_index, budget, needs, backend):
+def _(hidden, weight, bias, A, B, targets, scalars, ignore_index, budget, needs, backend, columns, group):
     need, (V, width) = Needs(*needs), weight.shape
     dtype = accumulation_dtype(hidden)
     rows, kept = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
@@ -91,10 +121,13 @@ def linear_logps_backward(
     budget: int,
     needs: Sequence[bool],
     backend: str,
+    columns: Sequence[int],
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``hidden, weight, bias, A, B``; empty where not needed."""
     head = Head(weight, bias, A, B, *scalars)
-    steps = KERNELS if uses_triton(backend, hidden) else EAGER
+    steps = _steps(backend, hidden, columns, group)
+    budget = _budget(budget, hidden.device, shared=bool(columns))
     with torch.autocast(hidden.device.type, enabled=False):
         grads = factored.backward(grad, hidden, head, targets, Saved(*saved), budget, Needs(*needs), steps)
     hidden_grad, weight_grad, bias_grad, A_grad, B_grad = (hidden.new_empty(0) if x is None else x for x in grads)
@@ -102,7 +135,7 @@ def linear_logps_backward(
 
 
 @linear_logps_backward.register_fake
-def _(grad, hidden, weight, bias, A, B, targets, saved, scalars, budget, needs, backend):
+def _(grad, hidden, weight, bias, A, B, targets, saved, scalars, budget, needs, backend, columns, group):
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
         for x, needed in zip((hidden, weight, bias, A, B), Needs(*needs).of_each, strict=True)
@@ -110,21 +143,21 @@ def _(grad, hidden, weight, bias, A, B, targets, saved, scalars, budget, needs, 
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, targets, ctx.scalars, _, ctx.budget, ctx.needs, ctx.backend = inputs
+    *tensors, targets, ctx.scalars, _, ctx.budget, ctx.needs, ctx.backend, ctx.columns, ctx.group = inputs
     ctx.save_for_backward(*tensors, targets, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 11
+        return (None,) * 13
     *arguments, targets = ctx.saved_tensors[:6]
     saved = list(ctx.saved_tensors[6:])
     grads = linear_logps_backward(
-        grad, *arguments, targets, saved, ctx.scalars, ctx.budget, ctx.needs, ctx.backend
+        grad, *arguments, targets, saved, ctx.scalars, ctx.budget, ctx.needs, ctx.backend, ctx.columns, ctx.group
     )  # fmt: skip
     asked = Needs(*ctx.needs).of_each
-    return *(x if needed else None for x, needed in zip(grads, asked, strict=True)), *(None,) * 6
+    return *(x if needed else None for x, needed in zip(grads, asked, strict=True)), *(None,) * 8
 
 
 linear_logps.register_autograd(_backward, setup_context=_setup_context)

@@ -1,4 +1,7 @@
-"""Data-parallel reductions over ``torch.distributed``; nothing here runs unless a process group is given."""
+"""Reductions over ``torch.distributed``: of means over data-parallel ranks, of sums over parts of a sequence.
+
+Nothing here runs unless a process group is given. What a split vocabulary exchanges is in ``vocabulary``.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,78 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from napo_loss.checks import check_group, check_tensor
+from napo_loss.types import SequenceLogps
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+def all_reduce_logps(logps: SequenceLogps, process_group: ProcessGroup | None) -> SequenceLogps:
+    r"""Adds up sequences whose positions are spread over ranks (context or sequence parallelism).
+
+    ``sum_n = Σ_r sum_nr`` and ``length_n = Σ_r length_nr``, one all-reduce of ``2·N`` floats forward and one backward.
+    Positions may be split in any way, zigzag included; each rank computes its own positions' log-probs with labels that
+    were shifted *before* the split, since the last position of one rank predicts a token of another:
+    ``sequence_logps(logits, labels, shift=False)``. With packed sequences every rank gives ``cu_seqlens`` of its own
+    positions, and a sequence of which it holds nothing is empty there.
+
+    The gradient is that of the sum over ranks of their losses, which is what averaging gradients over the ranks
+    divides by their number again: right where DDP or FSDP2 spans these ranks too, as it does in context parallelism
+    (every rank computes the same loss). Where gradients are *added* over them instead, divide the loss by their number.
+
+    Args:
+        logps: of the positions of this rank; ``N``, and the order of the sequences, are the same on every rank.
+        process_group: the ranks that share the sequences; ``None`` (``torch.distributed.group.WORLD`` before
+            ``init_process_group`` is None): this process alone.
+
+    Returns:
+        :class:`SequenceLogps` of whole sequences, equal on every rank.
+
+    Raises:
+        TypeError: where ``logps`` is no SequenceLogps or ``process_group`` no process group.
+        ValueError: where this process is not in the group.
+
+    Example:
+        >>> import torch
+        >>> from napo_loss import all_reduce_logps, sequence_logps
+        >>> labels = torch.tensor([[-100, 5, 1, -100]])  # shifted: position t predicts labels[:, t]
+        >>> logps = sequence_logps(torch.zeros(1, 4, 8), labels, shift=False)
+        >>> all_reduce_logps(logps, torch.distributed.group.WORLD).sum  # one process: nothing to add
+        tensor([-4.1589])
+
+    Source:
+        The adjoint of an all-reduce whose result every rank uses is an all-reduce.
+    """
+    if not isinstance(logps, SequenceLogps):
+        raise TypeError(f"logps must be a SequenceLogps, got {type(logps).__name__}")
+    check_tensor("logps.sum", logps.sum)
+    check_group("process_group", process_group)
+    if process_group is None:
+        return logps
+    sums, lengths = _AllReduce.apply(torch.stack([logps.sum, logps.length.detach()]), process_group)
+    return SequenceLogps(sums, lengths.detach())
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over ranks, forward and backward. PyTorch's own differentiable one is deprecated, its successor private."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, process_group) -> Tensor:
+        ctx.group = process_group
+        return all_reduce(x.clone(), process_group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
+
+
+def all_reduce(x: Tensor, process_group, *, largest: bool = False) -> Tensor:
+    """``x`` summed over the ranks (or its largest value over them), in place."""
+    import torch.distributed as dist
+
+    dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=process_group)
+    return x
 
 
 def mean_over_group(means: Tensor, count: int, *, by_count: bool, process_group: ProcessGroup | None) -> Tensor:
@@ -16,15 +89,13 @@ def mean_over_group(means: Tensor, count: int, *, by_count: bool, process_group:
 
     Args:
         means: this rank's means, any shape.
-        count: how many samples are behind them on this rank.
+        count: how many samples are behind them on this rank. A rank without any takes part and changes nothing.
         by_count: weigh each rank by its count (the mean over all samples) instead of equally.
         process_group: the ranks; ``None`` means this rank alone and no communication.
     """
     if process_group is None:
         return means
-    import torch.distributed as dist
-
-    weight = float(count) if by_count else 1.0
-    packed = torch.cat([means.flatten() * weight, means.new_full((1,), weight)])
-    dist.all_reduce(packed, group=process_group)
-    return (packed[:-1] / packed[-1]).view_as(means)
+    weight = float(count if by_count else count > 0)
+    weighted = means.flatten() * weight if count else torch.zeros_like(means).flatten()  # the mean of nothing is NaN
+    packed = all_reduce(torch.cat([weighted, weighted.new_full((1,), weight)]), process_group)
+    return (packed[:-1] / packed[-1].clamp_min(1)).view_as(means)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MIN_LENGTH = 1e-9
 """Divisor where a sequence has no active position, so that its mean log-prob is 0 and not NaN."""
@@ -94,6 +97,35 @@ class LowRank(NamedTuple):
     A: Tensor
     B: Tensor
     scale: float = 1.0
+
+
+class VocabShard(NamedTuple):
+    """The columns of a vocabulary that this rank of a process group holds, where tensor parallelism splits it.
+
+    Stands in for ``logits`` or ``weight``; positions and labels are the same on every rank of the group, and so is what
+    comes out. Uneven shards say where they start; a vocabulary padded to equal shards says how long it is without.
+
+    Attributes:
+        local: logits ``[N, T, V_local]``, or an lm_head ``[V_local, D]``, or a :class:`LowRank` of one (with all of A
+            and the local rows of B). ``V_local`` may be 0.
+        process_group: the ranks that hold the rest; ``None``: this rank holds all.
+        start: first column here, given with ``V``. Default: ``rank·V_local``, all shards being equal.
+        V: size of the vocabulary; columns from V on are padding and do not count. Default: ``ranks·V_local``. Shards
+            that do not add up to V give NaN.
+
+    Example:
+        >>> import torch
+        >>> from napo_loss import VocabShard, sequence_logps
+        >>> padded = torch.zeros(1, 3, 10)  # 8 tokens and 2 columns of padding, in a group of one
+        >>> shard = VocabShard(padded, torch.distributed.group.WORLD, V=8)
+        >>> sequence_logps(shard, torch.tensor([[-100, 5, 1]])).sum
+        tensor([-4.1589])
+    """
+
+    local: Tensor | LowRank
+    process_group: ProcessGroup | None
+    start: int | None = None
+    V: int | None = None
 
 
 class PreferenceLoss(NamedTuple):

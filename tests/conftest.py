@@ -28,3 +28,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    from ranks import Ranks
+
+    found = Ranks()
+    yield found
+    found.stop()

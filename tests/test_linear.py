@@ -292,11 +292,11 @@ def test_opcheck(backend, budget):
     tensors, labels, _, _ = example(12)
     leaves = [x.requires_grad_() for x in tensors.values()]
     needs, scalars = [True] * 4, [0.5, 1.0, 5.0]
-    args = (*leaves, labels, scalars, -100, budget, needs, backend)
+    args = (*leaves, labels, scalars, -100, budget, needs, backend, [], "")
     opcheck(ops_linear.linear_logps, args)
     _, *saved = ops_linear.linear_logps(*args)
     plain = [x.detach() for x in leaves]
-    args = (torch.ones(3, 6), *plain, labels, [x.detach() for x in saved], scalars, budget, needs, backend)
+    args = (torch.ones(3, 6), *plain, labels, [x.detach() for x in saved], scalars, budget, needs, backend, [], "")
     opcheck(ops_linear.linear_logps_backward, args)
 
 

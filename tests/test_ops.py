@@ -1,20 +1,12 @@
 """The operators inside PyTorch: opcheck, torch.compile, autocast, no_grad, double backward, process groups."""
 
-import copy
-import datetime
-import tempfile
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch.library import opcheck
 
 from napo_loss import (
-    Recipe,
     SequenceLogps,
     napo_loss,
-    noise_aware_dpo_loss,
-    noise_level,
     objective,
     ops,
     sequence_logps,
@@ -127,47 +119,3 @@ def test_one_buffer_goes_back_from_the_objective_to_the_logits(monkeypatch):
     napo_loss(*SequenceLogps(flat, torch.ones(8)).pairs(3), None, None).losses.sum().backward()
     assert seen[0].data_ptr() == written[0].data_ptr()
     torch.testing.assert_close(flat.grad.view(4, 2), written[0])
-
-
-def in_group(rank, size, path, fused):
-    """One rank of a gloo group: two batches of unequal size, the same q and weights everywhere."""
-    store = dist.FileStore(path, size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60))
-    objective._can_fuse = lambda *_: fused
-    g = torch.Generator().manual_seed(0)
-    margins = [100 * torch.rand(3, B, generator=g) for B in (2, 5)]
-    mine, zeros = margins[rank], torch.zeros(margins[rank].shape[1])
-    group = dist.group.WORLD
-    means = torch.stack([m.mean(1) for m in margins]).mean(0)
-    expected = (2 * torch.sigmoid(-0.01 * means)).clamp(0.001, 1)
-    torch.testing.assert_close(noise_level(mine, process_group=group), expected)
-    out = napo_loss(zeros, -mine, None, None, recipe=Recipe(weights="dynamic"), process_group=group)
-    torch.testing.assert_close(out.q, expected)
-    torch.testing.assert_close(out.weights, means / means.sum())
-    pooled = (2 * torch.sigmoid(-0.01 * torch.cat(margins, 1).mean(1))).clamp(0.001, 1)
-    by_count = napo_loss(zeros, -mine, None, None, recipe=Recipe(reduction="mean"), process_group=group)
-    torch.testing.assert_close(by_count.q, pooled)
-    check_ddp(rank, size, group)
-    dist.destroy_process_group()
-
-
-def check_ddp(rank, size, group):
-    """Gradients under DDP are those of one process that holds every rank's batch."""
-    torch.manual_seed(0)
-    model = torch.nn.Linear(6, 11)
-    hidden, labels = torch.randn(size, 4, 3, 6), torch.randint(0, 11, (size, 4, 3))
-    wrapped = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(model))
-    chosen, rejected = sequence_logps(wrapped(hidden[rank]), labels[rank]).pairs()
-    napo_loss(chosen, rejected, None, None, process_group=group).losses.mean().backward()
-
-    pairs = [sequence_logps(model(h), y).pairs() for h, y in zip(hidden, labels, strict=True)]
-    q = noise_level(torch.stack([c.sum.detach() - r.sum.detach() for c, r in pairs]).mean(1))
-    losses = [noise_aware_dpo_loss(c.sum, r.sum, None, None, q=q).losses.mean() for c, r in pairs]
-    torch.stack(losses).mean().backward()
-    torch.testing.assert_close(wrapped.module.weight.grad, model.weight.grad)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_q_is_the_mean_of_the_ranks_means(fused):
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(in_group, (2, f"{folder}/store", fused), nprocs=2)

@@ -1,0 +1,82 @@
+"""Token log-probs from the columns of the logits that one rank holds, as a custom operator; see ``vocabulary``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from napo_loss import eager
+from napo_loss.gemm import accumulation_dtype
+from napo_loss.ops import sequence_logps_backward, sequence_logps_backward_, uses_triton
+from napo_loss.vocabulary import Columns, merge
+
+MASKED = -1
+"""The local label of a position that does not count: unlike -100, no shift of a label by its shard's start gives it."""
+
+
+@torch.library.custom_op("napo_loss::sharded_logps", mutates_args=())
+def sharded_logps(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    inplace_backward: bool,
+    columns: Sequence[int],
+    group: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``logp [N, T]``, 0 where masked, and for backward ``lse [N, T]`` and the labels ``[N, T]`` among these columns.
+
+    ``columns`` and ``group``: :class:`napo_loss.vocabulary.Columns`. One host sync, the number of active positions.
+    """
+    here, triton = Columns.of(columns, group), uses_triton(backend, logits)
+    if not triton:
+        eager.check_range(targets, here.V, ignore_index)
+    active, local = targets != ignore_index, targets - here.start
+    inside = active & (local >= 0) & (local < here.count)
+    local = local.where(inside, logits.shape[-1]).where(active, MASKED)  # elsewhere: a column that there is not
+    rows = active.flatten().nonzero().squeeze(1)
+    if triton:
+        from napo_loss.kernels.logps_forward import logps_forward
+
+        peak, total, hit = logps_forward(logits, local, 0, MASKED)
+        lse = (peak[:, rows] + total[:, rows].log()).logsumexp(0)
+        logp = hit[rows] - lse
+    else:
+        logp, lse = eager.token_logps(logits, local, MASKED)
+    logp, lse = merge(logp, lse, inside.flatten()[rows], here)
+    known = targets.flatten()[rows]
+    logp = logp.where((known >= 0) & (known < here.V), torch.nan)
+    return _spread(logp, rows, targets), _spread(lse, rows, targets), local
+
+
+def _spread(x: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    return x.new_zeros(like.numel()).index_copy_(0, rows, x).view(like.shape)
+
+
+@sharded_logps.register_fake
+def _(logits, targets, ignore_index, inplace_backward, columns, group, backend):
+    new = logits.new_empty(targets.shape, dtype=accumulation_dtype(logits))
+    return new, torch.empty_like(new), targets.new_empty(targets.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, _, _, ctx.inplace, _, _, ctx.backend = inputs
+    ctx.save_for_backward(logits, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    logits, lse, local = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 7
+    # The logsumexp is that of all columns, so these columns need nobody; each position has a weight of its own.
+    args = (grad.new_ones(len(grad)), logits, local, grad, lse, 0, MASKED, ctx.backend)
+    if ctx.inplace:
+        sequence_logps_backward_(*args)
+        return logits.detach(), *(None,) * 6
+    return sequence_logps_backward(*args), *(None,) * 6
+
+
+sharded_logps.register_autograd(_backward, setup_context=_setup_context)

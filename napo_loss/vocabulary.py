@@ -1,0 +1,181 @@
+"""A vocabulary split over the ranks of a process group: which columns are here, and what the ranks exchange.
+
+Every rank holds some columns of the logits (rows of the lm_head), and the same positions and labels. Three floats of
+each active position go around: the logsumexp of a rank's columns, for the largest of them; then what its exponential
+adds to the sum, and the label's logit, which one rank has. Backward is local, but for the gradient of what every rank
+holds whole (hidden states, LoRA's A): a sum over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from napo_loss.checks import SHARDED, check_group, is_dtensor
+from napo_loss.factored import Head, Steps
+from napo_loss.parallel import all_reduce
+from napo_loss.types import LowRank, VocabShard
+
+
+class Columns(NamedTuple):
+    """The columns of the vocabulary on this rank, in numbers and a name that an operator's schema can hold."""
+
+    start: int
+    count: int
+    V: int
+    width: int  # of a rank, about, and the same number on all of them: by it rows are chunked, and so exchanged
+    group: str
+
+    @classmethod
+    def of(cls, numbers: Sequence[int], group: str) -> Columns:
+        return cls(numbers[0], numbers[1], numbers[2], numbers[3], group)
+
+    @property
+    def process_group(self):
+        return torch.distributed.distributed_c10d._resolve_process_group(self.group)  # pyright: ignore
+
+
+def merge(logp: Tensor, lse: Tensor, inside: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+    """``logp [A]`` and ``lse [A]`` of the whole vocabulary, from those of this rank's columns.
+
+    ``inside``: whether the label is one of them. Columns that together are not the whole vocabulary give NaN.
+    """
+    A, group = len(lse), columns.process_group
+    base = all_reduce(lse.clone(), group, largest=True)
+    base = base.where(base > -torch.inf, 0)  # nothing to subtract, and -inf − -inf would be NaN
+    here = lse - base
+    sums = torch.cat([here.exp(), (logp + here).where(inside, 0), lse.new_full((1,), columns.count)])
+    total, hit, count = all_reduce(sums, group).split([A, A, 1])
+    return (hit - total.log()).where(count == columns.V, torch.nan), base + total.log()
+
+
+def sharded(steps: Steps, columns: Columns) -> Steps:
+    """``steps`` for this rank's columns: D once the logsumexp of all columns is known."""
+
+    def rows(x: Tensor, head: Head, targets: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        target = targets - columns.start
+        inside = (target >= 0) & (target < columns.count)
+        if columns.count:
+            logp, lse = steps.rows(x, head, target, None)
+        else:
+            logp, lse = x.new_zeros(len(x)), x.new_full((len(x),), -torch.inf)
+        logp, lse = merge(logp, lse, inside, columns)
+        if out is not None:
+            block(x, head, slice(0, columns.count), targets, lse, torch.ones_like(lse), out)
+        return logp.where((targets >= 0) & (targets < columns.V), torch.nan), lse
+
+    def block(x: Tensor, head: Head, at: slice, targets: Tensor, lse: Tensor, w: Tensor, out: Tensor) -> None:
+        if columns.count:
+            steps.block(x, head, at, targets - columns.start, lse, w, out)
+
+    return Steps(rows, block, partial(all_reduce, process_group=columns.process_group), columns.width)
+
+
+def local_logits(logits: Any) -> tuple[Tensor, Columns | None]:
+    """The columns of the logits that are here; None where that is all of them."""
+    if isinstance(logits, VocabShard):
+        local, size = _check_shard("logits", logits), logits.local.shape[-1]  # pyright: ignore
+        count, columns = _columns(logits, size)
+        local = local[..., :count]
+    elif is_dtensor(logits):
+        local, columns = _from_dtensor("logits", logits, logits.dim() - 1)
+    else:
+        return logits, None
+    if local.shape[-1] == 0:  # a column that takes no part, rather than kernels for none at all
+        local = torch.nn.functional.pad(local, (0, 1), value=-torch.inf)
+    return local, columns
+
+
+def local_head(
+    hidden: Tensor, weight: Tensor | LowRank | VocabShard, bias: Tensor | None
+) -> tuple[Tensor, Tensor | LowRank, Tensor | None, Columns | None]:
+    """Hidden states, which every rank holds whole, and the rows of the lm_head and its bias that are here."""
+    if isinstance(weight, VocabShard):
+        count, columns = _columns(weight, len(_check_shard("weight", weight)))
+        head = weight.local
+        if isinstance(head, LowRank):
+            head = head._replace(weight=head.weight[:count], B=head.B[:count])
+        else:
+            head = head[:count]
+        return hidden, head, None if bias is None else bias[:count], columns
+    whole = weight.weight if isinstance(weight, LowRank) else weight
+    if not is_dtensor(whole):
+        return hidden, weight, bias, None
+    if not is_dtensor(hidden):
+        # A head that FSDP2 split looks the same, but there each rank has positions of its own.
+        raise TypeError(SHARDED.format(name="weight", what="a DTensor and hidden is not"))
+    head, columns = _from_dtensor("weight", whole, 0)
+    if isinstance(weight, LowRank):
+        A = _replicated("A", weight.A, whole) if is_dtensor(weight.A) else weight.A
+        head = LowRank(head, A, _same_shard("B", weight.B, whole), weight.scale)
+    bias = None if bias is None else _same_shard("bias", bias, whole)
+    return _replicated("hidden", hidden, whole), head, bias, columns
+
+
+def _check_shard(name: str, shard: VocabShard) -> Tensor:
+    """The local tensor with the vocabulary among its dimensions."""
+    check_group(f"{name}.process_group", shard.process_group)
+    local = shard.local.weight if isinstance(shard.local, LowRank) else shard.local
+    if not isinstance(local, Tensor) or local.dim() < 2:
+        given = f"shape {list(local.shape)}" if isinstance(local, Tensor) else type(local).__name__
+        raise TypeError(f"{name}.local must be the columns of the vocabulary that this rank holds, got {given}")
+    if shard.start is not None and (shard.V is None or not shard.start >= 0):
+        raise ValueError(f"{name}.start must be >= 0 and given with {name}.V, got {shard.start} and {shard.V}")
+    if shard.V is not None and shard.V < 1:
+        raise ValueError(f"{name}.V must be >= 1, got {shard.V}")
+    return local
+
+
+def _columns(shard: VocabShard, size: int) -> tuple[int, Columns | None]:
+    """How many of the ``size`` local columns are no padding, and which they are."""
+    group = shard.process_group
+    rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
+    start = rank * size if shard.start is None else shard.start
+    V = ranks * size if shard.V is None else shard.V
+    count = max(0, min(size, V - start))
+    return count, None if group is None else Columns(start, count, V, -(-V // ranks), group.group_name)
+
+
+def _from_dtensor(name: str, x: Any, dim: int) -> tuple[Tensor, Columns | None]:
+    """The local part of a DTensor that at most one dimension of its mesh splits over the vocabulary."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh, V = x.device_mesh, x.shape[dim]
+    split = [i for i, p in enumerate(x.placements) if p == Shard(dim)]
+    rest = [p for i, p in enumerate(x.placements) if i not in split]
+    # Logits may be split over the batch too: each rank's sequences are its own affair. A head may not.
+    others = (Replicate(), Shard(0)) if name == "logits" else (Replicate(),)
+    if len(split) > 1 or not all(p in others for p in rest):
+        raise TypeError(
+            f"{name} must have placement {Shard(dim)!r}, its vocabulary, on one dimension of the mesh at most and "
+            f"{' or '.join(map(repr, others))} on others, got {x.placements}: redistribute it first"
+        )
+    local = x.to_local()
+    if not split:
+        return local, None
+    size, rank = mesh.size(split[0]), mesh.get_local_rank(split[0])
+    width = -(-V // size)
+    return local, Columns(min(V, rank * width), local.shape[dim], V, width, mesh.get_group(split[0]).group_name)
+
+
+def _replicated(name: str, x: Any, like: Any) -> Tensor:
+    """``x`` whole on the ranks that split the vocabulary; its gradient, which backward adds up, is whole there too."""
+    from torch.distributed.tensor import Replicate
+
+    if x.device_mesh != like.device_mesh:
+        raise TypeError(f"{name} must be on weight's mesh {like.device_mesh}, got {x.device_mesh}")
+    placements = [Replicate() if p.is_shard() else mine for p, mine in zip(like.placements, x.placements, strict=True)]
+    if any(p.is_partial() for p in placements):
+        raise TypeError(f"{name} must not be partial sums, got placements {x.placements}: redistribute it first")
+    return x.redistribute(placements=placements).to_local(grad_placements=placements)
+
+
+def _same_shard(name: str, x: Any, like: Any) -> Tensor:
+    if not is_dtensor(x) or x.device_mesh != like.device_mesh or x.placements != like.placements:
+        given = x.placements if is_dtensor(x) else type(x).__name__
+        raise TypeError(f"{name} must be a DTensor placed like weight, {like.placements}, got {given}")
+    return x.to_local()

@@ -1,0 +1,85 @@
+"""Processes that stay: a gloo group of four, of which a test uses the first two, three or all, as often as it likes."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+
+import torch
+import torch.distributed as dist
+
+SIZE = 4
+SECONDS = 60
+"""After which a collective that a rank does not join is an error."""
+
+
+class Ranks:
+    """``run(W, function, *args)`` calls ``function(group, *args)`` on W ranks; what one raises, it raises."""
+
+    def __init__(self):
+        self.processes: list = []
+        self.pipes: list = []
+
+    def start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        store = f"{self.folder.name}/store"
+        for rank in range(SIZE):
+            mine, theirs = spawn.Pipe()
+            process = spawn.Process(target=serve, args=(rank, store, theirs), daemon=True)
+            process.start()
+            theirs.close()  # so that a dead process is an end of file
+            self.processes.append(process)
+            self.pipes.append(mine)
+
+    def run(self, W: int, function: Callable, *args) -> list:
+        if not self.processes:
+            self.start()
+        found: list = [None] * W
+        try:
+            for pipe in self.pipes[:W]:
+                pipe.send((W, function, args))
+            waiting = list(range(W))
+            while waiting:
+                ready = wait([self.pipes[rank] for rank in waiting], timeout=2 * SECONDS)
+                if not ready:
+                    raise TimeoutError(f"ranks {waiting} of {W} do not answer")
+                for pipe in ready:
+                    rank = self.pipes.index(pipe)
+                    error, found[rank] = pipe.recv()
+                    if error:
+                        raise AssertionError(f"rank {rank} of {W}:\n{error}")
+                    waiting.remove(rank)
+        except BaseException:
+            self.stop()  # the others may wait for a rank that has given up
+            raise
+        return found
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+            self.folder.cleanup()
+        self.processes, self.pipes = [], []
+
+
+def serve(rank: int, store: str, pipe) -> None:
+    torch.set_num_threads(1)
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(SIZE)
+    timeout = datetime.timedelta(seconds=SECONDS)
+    dist.init_process_group("gloo", store=dist.FileStore(store, SIZE), rank=rank, world_size=SIZE, timeout=timeout)
+    groups = {W: dist.new_group(list(range(W)), timeout=timeout) for W in range(1, SIZE)} | {SIZE: dist.group.WORLD}
+    while True:
+        try:
+            W, function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((None, function(groups[W], *args)))
+        except BaseException:
+            pipe.send((traceback.format_exc(), None))

@@ -1,0 +1,286 @@
+"""Data and sequence parallel: the same q on every rank, the gradient of one process, errors instead of hangs."""
+
+import datetime
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.parallel import DistributedDataParallel
+
+from napo_loss import (
+    Recipe,
+    SequenceLogps,
+    all_reduce_logps,
+    napo_loss,
+    noise_aware_dpo_loss,
+    noise_level,
+    objective,
+    sequence_logps,
+)
+
+seeds = st.integers(0, 2**31)
+RECIPES = [
+    Recipe(weights=weights, reduction=reduction)
+    for weights in ("fixed", "dynamic")
+    for reduction in ("rank_mean", "mean")
+]
+
+
+def margins_of(seed, K, counts):
+    """Margins ``[K, B]`` for every rank: ragged, and some ranks without any."""
+    g = torch.Generator().manual_seed(seed)
+    return [100 * torch.randn(K, B, generator=g) for B in counts]
+
+
+def expected_settings(margins, recipe):
+    """q and weights, written out."""
+    if recipe.reduction == "mean":
+        mean = torch.cat(margins, 1).mean(1)
+    else:
+        mean = torch.stack([m.mean(1) for m in margins if m.shape[1]]).mean(0)
+    gain = (0.1 * mean).clamp_min(0)
+    share = gain / gain.sum() if gain.sum() > 0 else torch.full_like(gain, 1 / len(gain))
+    weights = share.clamp_min(0.01) if recipe.weights == "dynamic" else torch.full_like(mean, 1 / len(mean))
+    return (2 * torch.sigmoid(-0.01 * mean)).clamp(0.001, 1), weights
+
+
+def check_q(group, seed, K, counts, fused):
+    objective._can_fuse = lambda *_: fused
+    margins = margins_of(seed, K, counts)
+    mine = margins[group.rank()]
+    zeros = torch.zeros(mine.shape[1])
+    found = []
+    for recipe in RECIPES:
+        q, weights = expected_settings(margins, recipe)
+        out = napo_loss(zeros, -mine, None, None, recipe=recipe, process_group=group)
+        torch.testing.assert_close(out.q, q, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out.weights, weights, rtol=1e-4, atol=1e-5)
+        assert out.losses.shape == zeros.shape
+        assert torch.isfinite(out.losses).all()
+        alone = noise_level(mine, reduction=recipe.reduction, process_group=group)
+        torch.testing.assert_close(alone, q, rtol=1e-4, atol=1e-5)
+        found += [out.q, out.weights, alone]
+    return found
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@settings(max_examples=30)
+@given(seeds, st.integers(1, 3), st.lists(st.integers(0, 5), min_size=2, max_size=4).filter(any))
+def test_q_and_weights_are_global(ranks, fused, seed, K, counts):
+    results = ranks.run(len(counts), check_q, seed, K, counts, fused)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)  # to the bit, or ranks would drift apart
+
+
+def check_one_collective(group):
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    ours = {name: torch.zeros(2) for name in ("rejected", "question_only", "image_only")}
+    lengths = {name: SequenceLogps(x, torch.ones(2)) for name, x in ours.items()}
+    chosen = SequenceLogps(torch.zeros(2, requires_grad=True), torch.ones(2))
+    with CommDebugMode() as counted:
+        out = napo_loss(chosen, lengths, None, None, recipe=Recipe(weights="dynamic"), process_group=group)
+        out.losses.sum().backward()
+    assert counted.get_total_counts() == 1
+    with CommDebugMode() as counted:
+        napo_loss(chosen, lengths, None, None)
+        noise_level(torch.zeros(2))
+        all_reduce_logps(chosen, None)
+    assert counted.get_total_counts() == 0, "a collective that nobody asked for"
+
+
+def test_one_all_reduce_for_all_negatives_and_none_unasked(ranks):
+    ranks.run(2, check_one_collective)
+
+
+def model_and_data(counts):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 11)
+    hidden = [torch.randn(2 * B, 3, 6) for B in counts]
+    labels = [torch.randint(0, 11, (2 * B, 3)) for B in counts]
+    return model, hidden, labels
+
+
+def check_ragged(group, counts):
+    """README's recipe for ragged ranks (docs/scale.md): DDP averages over ranks, so each scales by ranks/pairs."""
+    model, hidden, labels = model_and_data(counts)
+    rank, B = group.rank(), counts[group.rank()]
+    wrapped = DistributedDataParallel(model, process_group=group)
+    # A rank without pairs computes a dummy, so that DDP's hooks fire, and hands over none of it.
+    x, y = (hidden[rank], labels[rank]) if B else (torch.zeros(2, 3, 6), torch.zeros(2, 3, dtype=torch.long))
+    chosen, rejected = (p.sum[:B] for p in sequence_logps(wrapped(x), y).pairs())
+    recipe = Recipe(reduction="mean")
+    out = napo_loss(chosen, rejected, None, None, beta=1.0, recipe=recipe, process_group=group)
+    pairs = torch.tensor(float(B))
+    dist.all_reduce(pairs, group=group)
+    (out.losses.sum() * group.size() / pairs).backward()
+
+    single, hidden, labels = model_and_data(counts)
+    split = [sequence_logps(single(h), y).pairs() for h, y in zip(hidden, labels, strict=True) if len(y)]
+    chosen, rejected = (torch.cat([p[i].sum for p in split]) for i in (0, 1))
+    expected = napo_loss(chosen, rejected, None, None, beta=1.0)
+    expected.losses.mean().backward()
+    torch.testing.assert_close(out.q, expected.q)
+    torch.testing.assert_close(wrapped.module.weight.grad, single.weight.grad)
+    torch.testing.assert_close(wrapped.module.bias.grad, single.bias.grad)
+
+
+@pytest.mark.parametrize("counts", [(2, 1), (3, 0), (1, 0, 2, 4)])
+def test_ragged_and_empty_ranks_give_the_gradient_of_one_process(ranks, counts):
+    ranks.run(len(counts), check_ragged, counts)
+
+
+def check_accumulation(group):
+    """q of the whole accumulated, global batch, then micro-batches: the same as one process with one batch."""
+    model, hidden, labels = model_and_data([4] * group.size())
+    micro = list(zip(hidden[group.rank()].view(4, 2, 3, 6), labels[group.rank()].view(4, 2, 3), strict=True))
+    with torch.no_grad():  # first pass: only the margins
+        pairs = [sequence_logps(model(h), y).pairs() for h, y in micro]
+        q = noise_level(torch.cat([c.sum - r.sum for c, r in pairs]), process_group=group)
+    for h, y in micro:  # second pass: the gradient, one pair at a time
+        chosen, rejected = sequence_logps(model(h), y).pairs()
+        losses = noise_aware_dpo_loss(chosen.sum, rejected.sum, None, None, q=q).losses
+        (losses.mean() / len(micro)).backward()
+    dist.all_reduce(model.weight.grad, group=group)
+
+    single, hidden, labels = model_and_data([4] * group.size())
+    split = [
+        sequence_logps(single(h), y).pairs()
+        for hs, ys in zip(hidden, labels, strict=True)
+        for h, y in zip(hs.view(4, 2, 3, 6), ys.view(4, 2, 3), strict=True)
+    ]
+    chosen, rejected = (torch.cat([p[i].sum for p in split]) for i in (0, 1))
+    expected = napo_loss(chosen, rejected, None, None)
+    expected.losses.mean().backward()
+    torch.testing.assert_close(q, expected.q)
+    torch.testing.assert_close(model.weight.grad / group.size(), single.weight.grad)
+
+
+@pytest.mark.parametrize("W", [2, 4])
+def test_accumulation_over_ranks(ranks, W):
+    ranks.run(W, check_accumulation)
+
+
+def check_sequence_parallel(group, seed, N, T, zigzag):
+    """Positions over ranks, under DDP: whole sequences' log-probs and, averaged, the gradient of one process."""
+    g = torch.Generator().manual_seed(seed)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 13)
+    single = torch.nn.Linear(5, 13)
+    single.load_state_dict(model.state_dict())
+    hidden = torch.randn(2 * N, T, 5, generator=g)
+    labels = torch.randint(0, 13, (2 * N, T), generator=g).masked_fill(torch.rand(2 * N, T, generator=g) < 0.3, -100)
+    expected = sequence_logps(single(hidden), labels)
+    loss = napo_loss(*expected.pairs(), None, None, beta=1.0)
+    loss.losses.mean().backward()
+
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # before the split
+    at = torch.arange(group.rank(), T, group.size())
+    if not zigzag:
+        at = torch.arange(T).tensor_split(group.size())[group.rank()]
+    if len(at) == 0:  # more ranks than positions
+        at, shifted = torch.zeros(1, dtype=torch.long), torch.full_like(shifted, -100)
+    wrapped = DistributedDataParallel(model, process_group=group)
+    local = sequence_logps(wrapped(hidden[:, at]), shifted[:, at].contiguous(), shift=False)
+    whole = all_reduce_logps(local, group)
+    torch.testing.assert_close(whole, expected)
+    out = napo_loss(*whole.pairs(), None, None, beta=1.0, process_group=group)  # equal ranks: the mean is the same
+    torch.testing.assert_close(out.q, loss.q)
+    out.losses.mean().backward()
+    torch.testing.assert_close(wrapped.module.weight.grad, single.weight.grad, rtol=1e-4, atol=1e-6)
+    return whole.sum.detach()
+
+
+@settings(max_examples=15)
+@given(seeds, st.integers(2, 4), st.integers(1, 3), st.integers(1, 9), st.booleans())
+def test_sequence_parallel(ranks, seed, W, N, T, zigzag):
+    sums = ranks.run(W, check_sequence_parallel, seed, N, T, zigzag)
+    assert all(torch.equal(sums[0], other) for other in sums)
+
+
+def check_packed(group):
+    """Two packed sequences cut in two in the middle of the second: the first is empty on the last rank."""
+    logits, labels = torch.randn(10, 7, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 7
+    cu = torch.tensor([0, 4, 10])
+    expected = sequence_logps(logits, labels, cu_seqlens=cu)
+    shifted = torch.cat([labels[1:4], torch.tensor([-100]), labels[5:10], torch.tensor([-100])])
+    mine = slice(5 * group.rank(), 5 * group.rank() + 5)
+    cu = torch.tensor([[0, 4, 5], [0, 0, 5]][group.rank()])
+    local = sequence_logps(logits[mine], shifted[mine], cu_seqlens=cu, shift=False)
+    torch.testing.assert_close(all_reduce_logps(local, group), expected)
+
+
+def test_sequence_parallel_packed(ranks):
+    ranks.run(2, check_packed)
+
+
+def check_gradient(group):
+    """The all-reduce is its own adjoint: sum over ranks of what each asks for, in float64 by finite differences too."""
+    x = torch.arange(3.0, dtype=torch.float64) + group.rank()
+    x.requires_grad_()
+    out = all_reduce_logps(SequenceLogps(x, torch.ones(3)), group)
+    assert out.sum.dtype == torch.float64
+    assert not out.length.requires_grad
+    (out.sum * (1 + group.rank())).sum().backward()
+    assert (x.grad == sum(range(1, group.size() + 1))).all()
+
+
+def test_the_gradient_is_the_sum_over_ranks(ranks):
+    ranks.run(3, check_gradient)
+
+
+def check_not_in_group(group, path):
+    """``new_group`` gives outsiders a placeholder, with which PyTorch's collectives warn and return."""
+    pair = dist.new_group([0, 1])
+    if group.rank() < 2:
+        assert noise_level(torch.zeros(2), process_group=pair) == 1
+        return
+    for call in (
+        lambda: noise_level(torch.zeros(2), process_group=pair),
+        lambda: napo_loss(torch.zeros(2), torch.zeros(2), None, None, process_group=pair),
+        lambda: all_reduce_logps(SequenceLogps(torch.zeros(2), torch.ones(2)), pair),
+    ):
+        with pytest.raises(ValueError, match=rf"process_group is .* \(rank {group.rank()}\) is not in"):
+            call()
+
+
+def test_a_process_outside_the_group_is_told_so(ranks, tmp_path):
+    ranks.run(4, check_not_in_group, str(tmp_path))
+
+
+def test_what_is_no_process_group_is_named():
+    for call in (
+        lambda: noise_level(torch.zeros(2), process_group="dp"),
+        lambda: napo_loss(torch.zeros(2), torch.zeros(2), None, None, process_group=0),
+    ):
+        with pytest.raises(TypeError, match=r"process_group must be a torch\.distributed\.ProcessGroup or None, got"):
+            call()
+    with pytest.raises(TypeError, match="logps must be a SequenceLogps, got Tensor"):
+        all_reduce_logps(torch.zeros(2), None)
+    with pytest.raises(ValueError, match="which only a rank of a process_group may do"):
+        napo_loss(torch.zeros(0), torch.zeros(0), None, None)
+    with pytest.raises(ValueError, match="margin must be a non-empty"):
+        noise_level(torch.zeros(2, 0))
+
+
+def fails(rank, path, how):
+    """Rank 1 dies, or comes with another number of negatives; rank 0 must end with an error, and soon."""
+    timeout = datetime.timedelta(seconds=5)
+    dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2, timeout=timeout)
+    if how == "dies" and rank == 1:
+        os._exit(0)
+    K = 1 + rank if how == "another K" else 2
+    noise_level(torch.zeros(K, 3), process_group=dist.group.WORLD)
+
+
+@pytest.mark.parametrize("how", ["dies", "another K"])
+def test_a_rank_that_dies_or_disagrees_is_an_error_and_no_hang(how, tmp_path):
+    start = time.monotonic()
+    with pytest.raises((torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException)):
+        torch.multiprocessing.spawn(fails, (str(tmp_path / "store"), how), nprocs=2)
+    assert time.monotonic() - start < 60

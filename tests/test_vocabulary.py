@@ -1,0 +1,360 @@
+"""A vocabulary split over ranks gives what the whole one gives, and exchanges no more than it says."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.library import opcheck
+
+from napo_loss import (
+    LowRank,
+    VocabShard,
+    factored,
+    linear_sequence_logps,
+    ops_sharded,
+    reference,
+    sequence_logps,
+    vocabulary,
+)
+from napo_loss.vocabulary import Columns
+
+BACKENDS = ["eager", "triton"]
+seeds = st.integers(0, 2**31)
+NAMES = ("hidden", "weight", "bias", "A", "B")
+
+
+def bounds(V, W, kind, g):
+    """Where the shards begin and end: equal (the last one padded), as DTensor splits, or anywhere."""
+    if kind == "anywhere":
+        cuts = torch.randint(0, V + 1, (W - 1,), generator=g).sort().values.tolist()
+    else:
+        cuts = [min(V, rank * -(-V // W)) for rank in range(1, W)]
+    return [0, *cuts, V]
+
+
+def shard_of(x, dim, cuts, group, kind):
+    """This rank's part of ``x`` along ``dim``, padded with garbage where shards must be equal."""
+    rank, V = group.rank(), cuts[-1]
+    local = x.narrow(dim, cuts[rank], cuts[rank + 1] - cuts[rank])
+    missing = -(-V // group.size()) - local.shape[dim] if kind == "padded" else 0
+    if missing > 0:
+        shape = list(x.shape)
+        shape[dim] = missing
+        local = torch.cat([local, torch.full(shape, 1e4, dtype=x.dtype)], dim)
+    return local.detach().clone()
+
+
+def described(local, cuts, group, kind):
+    given = {"V": cuts[-1]} if kind == "padded" else {"start": cuts[group.rank()], "V": cuts[-1]}
+    return VocabShard(local, group, **given)
+
+
+def example(seed, N, T, V, masked=0.4):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, V, (N, T), generator=g).masked_fill(torch.rand(N, T, generator=g) < masked, -100)
+    return g, labels, torch.rand(N, T, generator=g), torch.randn(N, generator=g)
+
+
+def assert_no_worse(ours, plain, exact, eps, scale, what):
+    """The house rule: the error against float64 is at most that of the same-dtype computation, and a small eps."""
+    error, allowed = (ours.double() - exact).norm(), (plain.double() - exact).norm()
+    assert error <= 2 * allowed + eps * (exact.norm() + scale), (what, error, allowed)
+
+
+def check_logits(group, seed, N, T, V, kind, dtype, backend, weighted, shift, packed):
+    g, labels, weights, upstream = example(seed, N, T, V)
+    logits = (3 * torch.randn(N, T, V, generator=g)).to(dtype)
+    cuts = bounds(V, group.size(), kind, g)
+    given = {"shift": shift} | ({"token_weights": weights} if weighted else {})
+    results = []
+    for whole in (logits.double().requires_grad_(), logits.detach().clone().requires_grad_()):
+        cast = {k: x.to(whole.dtype) if k == "token_weights" else x for k, x in given.items()}
+        out = reference.sequence_logps(whole, labels, **cast)
+        out.sum.backward(upstream.to(out.sum.dtype))
+        results.append((out, whole.grad))
+    local = shard_of(logits, 2, cuts, group, kind).requires_grad_()
+    shard = described(local, cuts, group, kind)
+    if packed:
+        cu = torch.arange(N + 1) * T
+        flat = {k: x.flatten() if k == "token_weights" else x for k, x in given.items()}
+        shard = shard._replace(local=local.flatten(0, 1))
+        ours = sequence_logps(shard, labels.flatten(), cu_seqlens=cu, backend=backend, **flat)
+    else:
+        ours = sequence_logps(shard, labels, backend=backend, **given)
+    ours.sum.backward(upstream)
+    eps = 1e-5 if dtype == torch.float32 else 0.02
+    (exact, exact_grad), (plain, plain_grad) = results
+    assert_no_worse(ours.sum.detach(), plain.sum.detach(), exact.sum.detach(), 1e-5, 1, "sum")
+    torch.testing.assert_close(ours.length.double(), exact.length)
+    mine = slice(cuts[group.rank()], cuts[group.rank() + 1])
+    size = mine.stop - mine.start
+    assert_no_worse(local.grad[..., :size], plain_grad[..., mine], exact_grad[..., mine], eps, 0.01, "gradient")
+    assert (local.grad[..., size:] == 0).all()
+    assert local.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40)
+@given(
+    seeds, st.integers(2, 4), st.integers(1, 3), st.integers(1, 6), st.sampled_from([1, 2, 5, 16, 37, 301, 5003]),
+    st.sampled_from(["dtensor", "padded", "anywhere"]), st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_logits(ranks, backend, seed, W, N, T, V, kind, dtype, weighted, shift, packed):
+    ranks.run(W, check_logits, seed, N, T, V, kind, dtype, backend, weighted, shift, packed)
+
+
+def linear_tensors(g, N, T, D, V, r, dtype):
+    shapes = {"hidden": (N, T, D), "weight": (V, D), "bias": (V,), "A": (r, D), "B": (V, r)}
+    return {name: torch.randn(shape, generator=g).to(dtype) for name, shape in shapes.items()}
+
+
+def run_linear(function, tensors, labels, upstream, wrap, *, low_rank, trained, **kwargs):
+    leaves = {n: x.detach().clone().requires_grad_(n in trained) for n, x in tensors.items()}
+    head = LowRank(leaves["weight"], leaves["A"], leaves["B"], 0.5) if low_rank else leaves["weight"]
+    out = function(leaves["hidden"], wrap(head), labels, bias=leaves["bias"], **kwargs)
+    out.sum.backward(upstream.to(out.sum.dtype))
+    return out, {n: leaves[n].grad for n in NAMES if leaves[n].grad is not None}
+
+
+def check_linear(group, seed, sizes, kind, dtype, backend, low_rank, trained, budget, head):
+    N, T, D, V = sizes
+    g, labels, _, upstream = example(seed, N, T, V)
+    tensors = linear_tensors(g, N, T, D, V, 2, dtype)
+    cuts = bounds(V, group.size(), kind, g)
+    options = {"low_rank": low_rank, "trained": trained, **head}
+    wide = {n: x.double() for n, x in tensors.items()}
+    exact, exact_grads = run_linear(reference.linear_sequence_logps, wide, labels, upstream, lambda w: w, **options)
+    plain, plain_grads = run_linear(
+        linear_sequence_logps, tensors, labels, upstream, lambda w: w, backend=backend, logits_budget=budget, **options
+    )
+    local = {n: shard_of(x, 0, cuts, group, kind) if n in ("weight", "bias", "B") else x for n, x in tensors.items()}
+    ours, grads = run_linear(
+        linear_sequence_logps, local, labels, upstream, lambda w: described(w, cuts, group, kind), backend=backend,
+        logits_budget=budget, **options,
+    )  # fmt: skip
+    eps = 1e-5 if dtype == torch.float32 else 0.02
+    assert_no_worse(ours.sum.detach(), plain.sum.detach(), exact.sum.detach(), 1e-5, 1, "sum")
+    torch.testing.assert_close(ours.length.double(), exact.length)
+    mine = slice(cuts[group.rank()], cuts[group.rank() + 1])
+    size = mine.stop - mine.start
+    for name, grad in exact_grads.items():
+        split = name in ("weight", "bias", "B")
+        found = grads.get(name)
+        whole = grad[mine] if split else grad
+        also = plain_grads[name][mine] if split else plain_grads[name]
+        assert_no_worse(found[:size] if split else found, also, whole, eps, upstream.norm() * 0.01, name)
+        if split:
+            assert (found[size:] == 0).all()
+        assert found.dtype == dtype
+    return [grads[n] for n in ("hidden", "A") if n in grads]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40)
+@given(
+    seeds, st.integers(2, 4), st.integers(1, 3), st.integers(2, 6), st.sampled_from([1, 5, 37, 1000]),
+    st.sampled_from(["dtensor", "padded", "anywhere"]), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans(),
+    st.sampled_from([NAMES, ("hidden",), ("weight",), ("hidden", "A", "B")]), st.sampled_from([1, 999, 2**28]),
+    st.sampled_from([None, 4.0]), st.sampled_from([None, 0.5]),
+)  # fmt: skip
+def test_linear(ranks, backend, seed, W, N, T, V, kind, dtype, low_rank, trained, budget, softcap, scale):
+    if not low_rank and trained == ("hidden", "A", "B"):
+        trained = ("hidden",)
+    head = {"softcap": softcap, "logit_scale": scale}
+    args = seed, (N, T, 8, V), kind, dtype, backend, low_rank, trained, budget, head
+    shared = ranks.run(W, check_linear, *args)
+    for other in shared[1:]:  # what every rank holds whole gets the same gradient everywhere, to the bit
+        for a, b in zip(shared[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def check_dtensor(group, V):
+    """As a tensor-parallel model hands it over: DTensors in, plain numbers out, DTensor gradients."""
+    g, labels, _, upstream = example(0, 2, 6, V, masked=0.3)
+    tensors = linear_tensors(g, 2, 6, 8, V, 2, torch.float32)
+    mesh = dist.device_mesh.DeviceMesh.from_group(group, "cpu")
+    whole = {n: x.clone().requires_grad_() for n, x in tensors.items()}
+    head = LowRank(whole["weight"], whole["A"], whole["B"], 0.5)
+    expected = linear_sequence_logps(whole["hidden"], head, labels, bias=whole["bias"])
+    expected.sum.backward(upstream)
+    for placement in (Replicate(), Shard(1)):  # Shard(1): Megatron's sequence parallelism before the head
+        split = {n: distribute_tensor(tensors[n], mesh, [Shard(0)]).requires_grad_() for n in ("weight", "bias", "B")}
+        hidden = distribute_tensor(tensors["hidden"], mesh, [placement]).requires_grad_()
+        A = distribute_tensor(tensors["A"], mesh, [Replicate()]).requires_grad_()
+        out = linear_sequence_logps(hidden, LowRank(split["weight"], A, split["B"], 0.5), labels, bias=split["bias"])
+        out.sum.backward(upstream)
+        assert not isinstance(out.sum, DTensor)
+        torch.testing.assert_close(out, expected)
+        for name, x in {**split, "hidden": hidden, "A": A}.items():
+            assert x.grad.placements == x.placements
+            torch.testing.assert_close(x.grad.full_tensor(), whole[name].grad, rtol=1e-5, atol=1e-5, msg=name)
+    logits = torch.randn(2, 6, V, generator=g)
+    whole = logits.clone().requires_grad_()
+    expected = sequence_logps(whole, labels)
+    expected.sum.backward(upstream)
+    split = distribute_tensor(logits, mesh, [Shard(-1)]).requires_grad_()
+    out = sequence_logps(split, labels)
+    out.sum.backward(upstream)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(split.grad.full_tensor(), whole.grad, rtol=1e-5, atol=1e-6)
+    replicated = distribute_tensor(logits, mesh, [Replicate()])
+    torch.testing.assert_close(sequence_logps(replicated, labels), expected)
+
+
+@pytest.mark.parametrize(("W", "V"), [(2, 37), (4, 37), (4, 5)])  # 5 over 4: the last rank has nothing
+def test_dtensors(ranks, W, V):
+    ranks.run(W, check_dtensor, V)
+
+
+def check_two_dimensions(group):
+    """Data and tensor parallel: each row of the mesh has sequences of its own, each column columns of its own."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    row = mesh.get_local_rank("dp")
+    labels = example(1, 4, 5, 10)[1]
+    logits = torch.randn(4, 5, 10, generator=torch.Generator().manual_seed(2))
+    expected = sequence_logps(logits, labels).sum[2 * row : 2 * row + 2]
+    split = distribute_tensor(logits, mesh, [Shard(0), Shard(2)])
+    torch.testing.assert_close(sequence_logps(split, labels[2 * row : 2 * row + 2]).sum, expected)
+    weight = distribute_tensor(torch.zeros(8, 4), mesh, [Shard(0), Shard(0)])
+    hidden = distribute_tensor(torch.zeros(2, 5, 4), mesh, [Replicate(), Replicate()])
+    with pytest.raises(TypeError, match=r"weight must have placement Shard\(dim=0\).*redistribute"):
+        linear_sequence_logps(hidden, weight, labels[:2])
+    split = distribute_tensor(logits, mesh, [Replicate(), Shard(1)])
+    with pytest.raises(TypeError, match=r"logits must have placement Shard\(dim=2\).*or Shard\(dim=0\) on others"):
+        sequence_logps(split, labels)
+
+
+def test_data_and_tensor_parallel(ranks):
+    ranks.run(4, check_two_dimensions)
+
+
+class Wire(CommDebugMode):
+    """Counts collectives and the bytes of the tensors they are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.bytes += sum(x.nbytes for x in args[0])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def check_exchange(group, budget):
+    """Three floats per active position forward, one sum of the active rows of dhidden backward; whatever V."""
+    g, labels, _, upstream = example(3, 4, 9, 60)
+    tensors = linear_tensors(g, 4, 9, 8, 60, 2, torch.bfloat16)
+    A = int((labels[:, 1:] != -100).sum())
+    counted = {}
+
+    def watched(name, original):
+        # An operator hides from dispatch modes what it does, so the mode is entered inside.
+        def call(*args):
+            with Wire() as wire:
+                out = original(*args)
+            counted[name] = wire.get_total_counts(), wire.bytes
+            return out
+
+        return call
+
+    forward, backward, merge = factored.forward, factored.backward, vocabulary.merge
+    factored.forward, factored.backward = watched("forward", forward), watched("backward", backward)
+    ops_sharded.merge = watched("logits", merge)
+    cuts = bounds(60, group.size(), "dtensor", g)
+    try:
+        weight = shard_of(tensors["weight"], 0, cuts, group, "dtensor").requires_grad_()
+        shard = described(weight, cuts, group, "dtensor")
+        hidden = tensors["hidden"].requires_grad_()
+        linear_sequence_logps(hidden, shard, labels, logits_budget=budget).sum.backward(upstream)
+        local = torch.randn(4, 9, cuts[1]).requires_grad_()
+        sequence_logps(described(local, cuts, group, "dtensor"), labels).sum.backward(upstream)
+    finally:
+        factored.forward, factored.backward, ops_sharded.merge = forward, backward, merge
+    per_row = -(-60 // group.size()) * (4 + 2)  # float32 logits and their bfloat16 D
+    chunks = -(-A // max(1, budget // per_row))
+    assert counted["forward"] == (2 * chunks, 12 * A + 4 * chunks)  # and the number of columns, once a chunk
+    assert counted["backward"] == (1, 4 * A * 8)
+    assert counted["logits"] == (2, 12 * A + 4)
+
+
+@pytest.mark.parametrize("budget", [500, 2**28])
+@pytest.mark.parametrize("W", [2, 4])
+def test_what_is_exchanged(ranks, W, budget):
+    ranks.run(W, check_exchange, budget)
+
+
+def check_wrong_shards(group):
+    labels = torch.tensor([[-100, 3, 1]])
+    rank = group.rank()
+    # Shards of 4 and 3 columns, given as if they were equal: no value without a gap or an overlap.
+    uneven = VocabShard(torch.randn(1, 3, 4 - rank), group, V=7, start=4 * rank)
+    assert torch.isfinite(sequence_logps(uneven, labels).sum).all()
+    assert torch.isnan(sequence_logps(uneven._replace(start=None, V=None), labels).sum).all()
+    weight = VocabShard(torch.randn(4 - rank, 2), group)
+    assert torch.isnan(linear_sequence_logps(torch.randn(1, 3, 2), weight, labels).sum).all()
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 7\)"):
+        sequence_logps(uneven, labels + 4)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 7\)"):
+        linear_sequence_logps(torch.randn(1, 3, 2), VocabShard(torch.randn(4, 2), group, V=7), labels + 4)
+    for wrong, message in (
+        (uneven._replace(start=0, V=None), r"logits\.start must be >= 0 and given with logits\.V, got 0 and None"),
+        (uneven._replace(start=-1), "got -1 and 7"),
+        (uneven._replace(start=None, V=0), r"logits\.V must be >= 1, got 0"),
+        (uneven._replace(process_group=-100), r"logits\.process_group is a process group that this process .* is not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sequence_logps(wrong, labels)
+    with pytest.raises(TypeError, match=r"weight\.local must be the columns .* got list"):
+        linear_sequence_logps(torch.zeros(1, 3, 2), VocabShard([1.0], group), labels)
+    mesh = dist.device_mesh.DeviceMesh.from_group(group, "cpu")
+    weight = distribute_tensor(torch.zeros(8, 2), mesh, [Shard(0)])
+    with pytest.raises(TypeError, match=r"weight is a DTensor and hidden is not.*fused_head"):
+        linear_sequence_logps(torch.zeros(1, 3, 2), weight, labels)
+    hidden = distribute_tensor(torch.zeros(1, 3, 2), mesh, [Replicate()])
+    with pytest.raises(TypeError, match="bias must be a DTensor placed like weight"):
+        linear_sequence_logps(hidden, weight, labels, bias=torch.zeros(8))
+    partial = DTensor.from_local(torch.zeros(1, 3, 2), mesh, [Replicate()]).redistribute(placements=[Replicate()])
+    assert linear_sequence_logps(partial, weight, labels).sum.shape == (1,)
+
+
+def test_wrong_shards_are_an_error_or_a_nan(ranks):
+    ranks.run(2, check_wrong_shards)
+
+
+def check_operators(group, backend):
+    columns = Columns(4 * group.rank(), 4, 8, 4, group.group_name)
+    torch.manual_seed(0)
+    logits, targets = torch.randn(2, 3, 4, requires_grad=True), torch.tensor([[7, -100, 1], [0, 4, -100]])
+    opcheck(ops_sharded.sharded_logps, (logits, targets, -100, False, list(columns[:4]), columns.group, backend))
+    # A function of the shard compiles as one graph; a process group is not a tensor, so it comes from outside.
+    shard = VocabShard(torch.randn(4, 5, requires_grad=True), group)
+    hidden, labels = torch.randn(2, 3, 5, requires_grad=True), torch.tensor([[-100, 7, 1], [-100, 4, -100]])
+
+    def step(hidden, weight):
+        return linear_sequence_logps(hidden, shard._replace(local=weight), labels, backend=backend).sum.sum()
+
+    expected = step(hidden, shard.local)
+    grads = torch.autograd.grad(expected, [hidden, shard.local])
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    found = compiled(hidden, shard.local)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, [hidden, shard.local]), grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operators(ranks, backend):
+    ranks.run(2, check_operators, backend)
+
+
+def test_a_group_of_none_is_this_process_alone():
+    x, labels = torch.randn(1, 3, 7), torch.tensor([[-100, 3, 1]])
+    whole = sequence_logps(x[..., :5], labels)
+    torch.testing.assert_close(sequence_logps(VocabShard(x, None, V=5), labels), whole)
+    weight, hidden = torch.randn(7, 2), torch.randn(1, 3, 2)
+    padded = linear_sequence_logps(hidden, VocabShard(weight, None, V=5), labels)
+    torch.testing.assert_close(padded, linear_sequence_logps(hidden, weight[:5], labels))
