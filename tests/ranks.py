@@ -12,6 +12,7 @@ from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
 
 SIZE = 4
 SECONDS = 60
@@ -83,3 +84,16 @@ def serve(rank: int, store: str, pipe) -> None:
             pipe.send((None, function(groups[W], *args)))
         except BaseException:
             pipe.send((traceback.format_exc(), None))
+
+
+class Wire(CommDebugMode):
+    """Counts collectives and the bytes of the tensors they are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.bytes += sum(x.nbytes for x in args[0])
+        return super().__torch_dispatch__(func, types, args, kwargs)

@@ -2,15 +2,20 @@
 
 import datetime
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import Wire
 from torch.nn.parallel import DistributedDataParallel
 
+from docs import scale
 from napo_loss import (
     Recipe,
     SequenceLogps,
@@ -22,6 +27,7 @@ from napo_loss import (
     sequence_logps,
 )
 
+ROOT = Path(__file__).parent.parent
 seeds = st.integers(0, 2**31)
 RECIPES = [
     Recipe(weights=weights, reduction=reduction)
@@ -77,25 +83,27 @@ def test_q_and_weights_are_global(ranks, fused, seed, K, counts):
             assert torch.equal(a, b)  # to the bit, or ranks would drift apart
 
 
-def check_one_collective(group):
-    from torch.distributed.tensor.debug import CommDebugMode
-
+def check_collectives(group):
+    """One all-reduce for all negatives, one each way for sequences, none that nobody asked for; of the sizes stated."""
     ours = {name: torch.zeros(2) for name in ("rejected", "question_only", "image_only")}
     lengths = {name: SequenceLogps(x, torch.ones(2)) for name, x in ours.items()}
     chosen = SequenceLogps(torch.zeros(2, requires_grad=True), torch.ones(2))
-    with CommDebugMode() as counted:
+    with Wire() as wire:
         out = napo_loss(chosen, lengths, None, None, recipe=Recipe(weights="dynamic"), process_group=group)
         out.losses.sum().backward()
-    assert counted.get_total_counts() == 1
-    with CommDebugMode() as counted:
+    assert (wire.get_total_counts(), wire.bytes) == (1, scale.global_means(K=3))
+    with Wire() as wire:
+        all_reduce_logps(chosen, group).sum.sum().backward()
+    assert (wire.get_total_counts(), wire.bytes) == (2, 2 * scale.sequence(N=2))
+    with Wire() as wire:
         napo_loss(chosen, lengths, None, None)
         noise_level(torch.zeros(2))
         all_reduce_logps(chosen, None)
-    assert counted.get_total_counts() == 0, "a collective that nobody asked for"
+    assert wire.get_total_counts() == 0
 
 
-def test_one_all_reduce_for_all_negatives_and_none_unasked(ranks):
-    ranks.run(2, check_one_collective)
+def test_collectives_are_those_stated(ranks):
+    ranks.run(2, check_collectives)
 
 
 def model_and_data(counts):
@@ -284,3 +292,17 @@ def test_a_rank_that_dies_or_disagrees_is_an_error_and_no_hang(how, tmp_path):
     with pytest.raises((torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException)):
         torch.multiprocessing.spawn(fails, (str(tmp_path / "store"), how), nprocs=2)
     assert time.monotonic() - start < 60
+
+
+def test_the_example_is_the_same_on_every_grid():
+    def run(processes, tp):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [*launch, "examples/parallel.py", "--steps", "3", "--tp", str(tp)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    one = run(1, 1)
+    assert one.count("loss") == 2
+    assert run(4, 2) == one

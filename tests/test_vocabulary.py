@@ -5,10 +5,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import Wire
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.library import opcheck
 
+from docs import scale
 from napo_loss import (
     LowRank,
     VocabShard,
@@ -232,19 +233,6 @@ def test_data_and_tensor_parallel(ranks):
     ranks.run(4, check_two_dimensions)
 
 
-class Wire(CommDebugMode):
-    """Counts collectives and the bytes of the tensors they are given."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
-            self.bytes += sum(x.nbytes for x in args[0])
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
 def check_exchange(group, budget):
     """Three floats per active position forward, one sum of the active rows of dhidden backward; whatever V."""
     g, labels, _, upstream = example(3, 4, 9, 60)
@@ -277,9 +265,9 @@ def check_exchange(group, budget):
         factored.forward, factored.backward, ops_sharded.merge = forward, backward, merge
     per_row = -(-60 // group.size()) * (4 + 2)  # float32 logits and their bfloat16 D
     chunks = -(-A // max(1, budget // per_row))
-    assert counted["forward"] == (2 * chunks, 12 * A + 4 * chunks)  # and the number of columns, once a chunk
-    assert counted["backward"] == (1, 4 * A * 8)
-    assert counted["logits"] == (2, 12 * A + 4)
+    assert counted["forward"] == (2 * chunks, scale.vocabulary_forward(A, chunks))
+    assert counted["backward"] == (1, scale.vocabulary_backward(A, D=8))
+    assert counted["logits"] == (2, scale.vocabulary_forward(A))
 
 
 @pytest.mark.parametrize("budget", [500, 2**28])
