@@ -276,6 +276,26 @@ def test_what_is_exchanged(ranks, W, budget):
     ranks.run(W, check_exchange, budget)
 
 
+def check_labels_that_look_masked(group):
+    """-100 columns before a shard's first one is a label like any other, though relative to the shard it is -100."""
+    V, start = 600, 300 * group.rank()
+    logits, labels = (
+        torch.randn(1, 5, V, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([[1, 200, 100, 500, 0]]),
+    )
+    weight = torch.randn(V, 3, generator=torch.Generator().manual_seed(1))
+    for backend in BACKENDS:
+        local = VocabShard(logits[..., start : start + 300], group)
+        torch.testing.assert_close(sequence_logps(local, labels, backend=backend), sequence_logps(logits, labels))
+        local, hidden = VocabShard(weight[start : start + 300], group), torch.ones(1, 5, 3)
+        expected = linear_sequence_logps(hidden, weight, labels)
+        torch.testing.assert_close(linear_sequence_logps(hidden, local, labels, backend=backend), expected)
+
+
+def test_labels_that_look_masked_from_another_shard(ranks):
+    ranks.run(2, check_labels_that_look_masked)
+
+
 def check_wrong_shards(group):
     labels = torch.tensor([[-100, 3, 1]])
     rank = group.rank()
@@ -287,6 +307,10 @@ def check_wrong_shards(group):
     assert torch.isnan(linear_sequence_logps(torch.randn(1, 3, 2), weight, labels).sum).all()
     with pytest.raises(ValueError, match=r"labels must be in \[0, 7\)"):
         sequence_logps(uneven, labels + 4)
+    outside = labels + torch.tensor([[0, 4, 0]])  # what a GPU does with a label outside: NaN
+    assert torch.isnan(sequence_logps(uneven, outside, backend="triton").sum).all()
+    weight = VocabShard(torch.randn(4 - rank, 2), group, V=7, start=4 * rank)
+    assert torch.isnan(linear_sequence_logps(torch.randn(1, 3, 2), weight, outside, backend="triton").sum).all()
     with pytest.raises(ValueError, match=r"labels must be in \[0, 7\)"):
         linear_sequence_logps(torch.randn(1, 3, 2), VocabShard(torch.randn(4, 2), group, V=7), labels + 4)
     for wrong, message in (
