@@ -45,12 +45,11 @@ def merge(logp: Tensor, lse: Tensor, inside: Tensor, columns: Columns) -> tuple[
     ``inside``: whether the label is one of them. Columns that together are not the whole vocabulary give NaN.
     """
     A, group = len(lse), columns.process_group
-    base = all_reduce(lse.clone(), group, largest=True)
-    base = base.where(base > -torch.inf, 0)  # nothing to subtract, and -inf − -inf would be NaN
-    here = lse - base
+    peak = all_reduce(lse.clone(), group, largest=True)
+    here = lse - peak
     sums = torch.cat([here.exp(), (logp + here).where(inside, 0), lse.new_full((1,), columns.count)])
     total, hit, count = all_reduce(sums, group).split([A, A, 1])
-    return (hit - total.log()).where(count == columns.V, torch.nan), base + total.log()
+    return (hit - total.log()).where(count == columns.V, torch.nan), peak + total.log()
 
 
 def sharded(steps: Steps, columns: Columns) -> Steps:

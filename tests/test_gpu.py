@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from napo_loss import Recipe, gemm, linear_sequence_logps, napo_loss, reference, sequence_logps
+from napo_loss import Recipe, VocabShard, gemm, linear_sequence_logps, napo_loss, reference, sequence_logps
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -266,3 +267,32 @@ def test_packed_logits_on_the_gpu_need_no_sync():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert out.length.tolist() == [10, 0, 28]
+
+
+def one_of_two_halves(rank, store):
+    """Two processes share the GPU and the vocabulary; gloo moves what they exchange over the host."""
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    logits, labels = example(4, 17, 50257, torch.bfloat16)
+    half = slice(25129 * rank, 25129 * (rank + 1))  # the second is a column shorter
+    whole = sequence_logps(logits, labels)
+    whole.sum.backward(torch.linspace(-2, 2, 4, device="cuda"))
+    local = logits.detach()[..., half].requires_grad_()
+    shard = VocabShard(local, dist.group.WORLD, start=half.start, V=50257)
+    split = sequence_logps(shard, labels)
+    split.sum.backward(torch.linspace(-2, 2, 4, device="cuda"))
+    torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(local.grad, logits.grad[..., half], rtol=1e-2, atol=1e-6)
+
+    hidden, weight, labels = linear_example(torch.bfloat16, V=50257)
+    expected, *grads = linear_step(hidden, weight, labels)
+    rows = weight.detach()[half].requires_grad_()
+    found, *split_grads = linear_step(
+        hidden, rows, labels, lambda h, w, y: linear_sequence_logps(h, shard._replace(local=w), y)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+    for ours, theirs in zip(split_grads, (grads[0], grads[1][half]), strict=True):
+        assert (ours.float() - theirs.float()).norm() <= 0.01 * theirs.float().norm()
+
+
+def test_a_vocabulary_split_over_two_processes(tmp_path):
+    torch.multiprocessing.spawn(one_of_two_halves, (str(tmp_path / "store"),), nprocs=2)
