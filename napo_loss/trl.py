@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -77,9 +78,10 @@ class NaPOTrainer(DPOTrainer):
                 negative_columns(next(iter(other)), dict.fromkeys(self.negatives))
         self.recipe = args.recipe(self.negatives)
         self.q: torch.Tensor | None = None  # of the training step before
-        if ref_model is None and _needs_copy(model, args, kwargs.get("peft_config")):
-            ref_model = copy.deepcopy(model)
-        super().__init__(model, ref_model, args, **kwargs)
+        copied = ref_model is None and _needs_copy(model, args, kwargs.get("peft_config"))
+        super().__init__(model, copy.deepcopy(model) if copied else ref_model, args, **kwargs)
+        if copied and args.precompute_ref_log_probs:
+            self.ref_model = None  # has done its work, as the one that TRL would have loaded
         if isinstance(self.data_collator, (DataCollatorForPreference, DataCollatorForVisionPreference)):
             suffix = "" if self._is_vision_dataset else "_ids"
             self.data_collator = GroupCollator(self.data_collator, self.negatives, suffix, self.precompute_ref_logps)
@@ -108,6 +110,11 @@ class NaPOTrainer(DPOTrainer):
         """TRL's own pass over the data, which knows two columns: run on two blocks at a time, each under its name."""
         if not isinstance(dataset, Dataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # says what it does not support
+        if self.accelerator.num_processes > 1 and not dataset.cache_files:
+            raise ValueError(
+                "precompute_ref_log_probs=True on several ranks hands the log-probs on in a cache file beside the "
+                f"dataset, but the {name} dataset is in memory: read it from disk (load_dataset, load_from_disk)"
+            )
         blocks = ["chosen", *self.negatives]
         dataset = dataset.remove_columns([c for c in map(reference_column, blocks) if c in dataset.column_names])
         collator = self.data_collator
@@ -237,9 +244,13 @@ class NaPOTrainer(DPOTrainer):
 
 
 def _needs_copy(model, args: NaPOConfig, peft_config) -> bool:
-    """Whether TRL would look for the reference under a name that the model does not have."""
+    """Whether TRL would look for the reference under a name that the model does not have.
+
+    TRL precomputes with the policy itself, but under FSDP, where that is sharded only later, with a reference.
+    """
     unnamed = isinstance(model, PreTrainedModel) and not model.config._name_or_path
-    return unnamed and peft_config is None and not args.precompute_ref_log_probs
+    fsdp = args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return unnamed and peft_config is None and (fsdp or not args.precompute_ref_log_probs)
 
 
 def total(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
