@@ -16,12 +16,15 @@ from __future__ import annotations
 import copy
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 try:
     from datasets import Dataset
@@ -30,7 +33,7 @@ try:
 except ImportError as error:
     raise ImportError('napo_loss.trl needs TRL: pip install "napo-loss[trl]"') from error
 
-from napo_loss.head import fused_head
+from napo_loss.head import fused_head, unwrap
 from napo_loss.objective import napo_loss
 from napo_loss.trl_config import PAPER, NaPOConfig
 from napo_loss.trl_data import GroupCollator, negative_columns, reference_column, tokenize_negatives
@@ -150,7 +153,8 @@ class NaPOTrainer(DPOTrainer):
         model_inputs = {key: x for key, x in inputs.items() if key != "completion_mask"} | {"use_cache": False}
         labels = model_inputs["input_ids"].masked_fill(completion_mask == 0, -100)
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        outputs = model(**model_inputs, **router, labels=labels, fused_lm_head=True)
+        with gathered_head(model):
+            outputs = model(**model_inputs, **router, labels=labels, fused_lm_head=True)
         if reference is None:
             reference_model = self.model if self.ref_model is None else self.ref_model
             reference = torch.cat(self.compute_ref_log_probs(reference_model, inputs))
@@ -251,6 +255,36 @@ def _needs_copy(model, args: NaPOConfig, peft_config) -> bool:
     unnamed = isinstance(model, PreTrainedModel) and not model.config._name_or_path
     fsdp = args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return unnamed and peft_config is None and (fsdp or not args.precompute_ref_log_probs)
+
+
+@contextmanager
+def gathered_head(model):
+    """TRL's fused head, run inside, finds its weight whole where FSDP2 shards the head as a unit of its own.
+
+    TRL reads the weight without calling the head, so nothing gathers it. Of a shard it takes ``full_tensor()``, whose
+    backward believes that all ranks have the same gradient: each would train its rows on its own batch alone.
+    accelerate makes such units of the heads of vision-language models; those of text models it shards with the norm.
+    """
+    inner = unwrap(model)
+    head = inner.get_output_embeddings()
+    if not isinstance(head, FSDPModule):
+        yield
+        return
+    gathered = False
+
+    def gather(*_):
+        nonlocal gathered
+        if isinstance(head.weight, DTensor):
+            head.unshard()
+            gathered = True
+
+    hook = inner.base_model.register_forward_hook(gather)  # within the root's forward, which sets FSDP2 up
+    try:
+        yield
+    finally:
+        hook.remove()
+        if gathered and not torch.is_grad_enabled():  # otherwise the end of backward shards it
+            head.reshard()
 
 
 def total(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,8 +23,10 @@ VARIANTS = {
     "paper": {},
     "mean": {"q_reduction": "mean"},  # with as many pairs on every rank the same numbers, by another way
     "dynamic": {"negative_weights": "dynamic", "average_logps": True, "sft_weight": 0.1, "q_decay": 0.5},
-    "accumulated": {"gradient_accumulation_steps": 2, "max_steps": 1},
+    "accumulated": {"gradient_accumulation_steps": 2, "max_steps": 1, "gradient_checkpointing": True},
+    "vision": {"kind": "vision"},
 }
+MODELS = {"text": tiny.llama(), "vision": tiny.llava()}  # made before DeepSpeed is, which would shard them at once
 RAGGED = {"max_steps": -1, "num_train_epochs": 1, "train_sampling_strategy": "sequential"}
 KEPT = {"precompute_ref_log_probs": True, "save_strategy": "steps", "save_steps": 1, "q_decay": 0.5}
 
@@ -53,8 +55,9 @@ class Recorder(TrainerCallback):
         self.gradients = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if all(p.grad is not None for p in model.parameters()):
-            self.gradients.append({name: whole(p.grad) for name, p in model.named_parameters()})
+        found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        if found:
+            self.gradients.append(found)
 
 
 class Recorded(NaPOTrainer):
@@ -76,7 +79,7 @@ def whole(x: torch.Tensor) -> torch.Tensor:
     return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
 
 
-def trainer_for(folder, *, how="one", ranks=1, data=None, extra=None, **options) -> Recorded:
+def trainer_for(folder, *, kind="text", how="one", ranks=1, data=None, extra=None, **options) -> Recorded:
     """Plain SGD and no clipping: weights move by the gradient, so that rounding stays rounding."""
     defaults = {
         "per_device_train_batch_size": BATCH // ranks, "per_device_eval_batch_size": BATCH // ranks,
@@ -90,15 +93,15 @@ def trainer_for(folder, *, how="one", ranks=1, data=None, extra=None, **options)
         # accelerate 1.15 shards on GPUs only: on CPU `--use_fsdp` quietly gives DDP. Told that these were GPU ranks
         # (their device stays the CPU), it takes its FSDP2 path, which torch runs with gloo.
         args.distributed_state.distributed_type = DistributedType.MULTI_GPU
-    model = tiny.llama()
-    policy = copy.deepcopy(model)
+    model, policy = copy.deepcopy(MODELS[kind]), copy.deepcopy(MODELS[kind])
     torch.manual_seed(1)
     with torch.no_grad():  # margins differ from 0
         for p in policy.parameters():
             p.add_(0.05 * torch.randn_like(p))
     trainer = Recorded(
-        policy, None if args.precompute_ref_log_probs else model, args, train_dataset=data or pairs(),
-        processing_class=tiny.tokenizer(), callbacks=[Recorder()], **(extra or {}),
+        policy, None if args.precompute_ref_log_probs else model, args, callbacks=[Recorder()],
+        train_dataset=data or (pairs() if kind == "text" else tiny.vision_pairs(8)),
+        processing_class=tiny.tokenizer() if kind == "text" else tiny.processor(), **(extra or {}),
     )  # fmt: skip
     trainer.steps = []
     return trainer
@@ -120,6 +123,7 @@ def everything(folder: Path, how: str = "one", ranks: int = 1) -> dict:
         trainer = trainer_for(folder / name, **same, **options)
         results[name] = trained(trainer)
         results[name]["wrapped"] = [type(trainer.model_wrapped).__name__, type(trainer.ref_model).__name__]
+        results[name]["evaluated"] = trainer.evaluate(trainer.train_dataset)["eval_loss"]
     if ranks == 4:
         return results
     # accelerate fills the last batches up with rows from the start: one process sees that with row 0 there twice.
