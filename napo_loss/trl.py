@@ -263,7 +263,8 @@ def gathered_head(model):
 
     TRL reads the weight without calling the head, so nothing gathers it. Of a shard it takes ``full_tensor()``, whose
     backward believes that all ranks have the same gradient: each would train its rows on its own batch alone.
-    accelerate makes such units of the heads of vision-language models; those of text models it shards with the norm.
+    accelerate 1.15 makes such units of the heads of vision-language models, whose final norm it does not find; those of
+    text models it shards with that norm, which is called.
     """
     inner = unwrap(model)
     head = inner.get_output_embeddings()
