@@ -1,4 +1,4 @@
-"""NaPO in TRL: ``NaPOTrainer``; its arguments are in ``trl_config``, its batches in ``trl_data``.
+"""NaPO in TRL: ``NaPOTrainer``; arguments are in ``trl_config``, batches in ``trl_data``, models in ``trl_models``.
 
     from napo_loss.trl import NaPOConfig, NaPOTrainer
 
@@ -15,28 +15,24 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 try:
     from datasets import Dataset
-    from transformers import PreTrainedModel
     from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference, DPOTrainer
 except ImportError as error:
     raise ImportError('napo_loss.trl needs TRL: pip install "napo-loss[trl]"') from error
 
-from napo_loss.head import fused_head, unwrap
+from napo_loss.head import fused_head
 from napo_loss.objective import napo_loss
 from napo_loss.trl_config import PAPER, NaPOConfig
 from napo_loss.trl_data import GroupCollator, negative_columns, reference_column, tokenize_negatives
+from napo_loss.trl_models import gathered_head, needs_copy
 from napo_loss.types import SequenceLogps
 
 __all__ = ["NaPOConfig", "NaPOTrainer"]
@@ -81,7 +77,7 @@ class NaPOTrainer(DPOTrainer):
                 negative_columns(next(iter(other)), dict.fromkeys(self.negatives))
         self.recipe = args.recipe(self.negatives)
         self.q: torch.Tensor | None = None  # of the training step before
-        copied = ref_model is None and _needs_copy(model, args, kwargs.get("peft_config"))
+        copied = ref_model is None and needs_copy(model, args, kwargs.get("peft_config"))
         super().__init__(model, copy.deepcopy(model) if copied else ref_model, args, **kwargs)
         if copied and args.precompute_ref_log_probs:
             self.ref_model = None  # has done its work, as the one that TRL would have loaded
@@ -245,47 +241,6 @@ class NaPOTrainer(DPOTrainer):
         if set(q) != set(self.negatives):
             raise ValueError(f"{path} holds q for {list(q)}, but the negatives are {self.negatives}")
         self.q = torch.tensor([q[name] for name in self.negatives])
-
-
-def _needs_copy(model, args: NaPOConfig, peft_config) -> bool:
-    """Whether TRL would look for the reference under a name that the model does not have.
-
-    TRL precomputes with the policy itself, but under FSDP, where that is sharded only later, with a reference.
-    """
-    unnamed = isinstance(model, PreTrainedModel) and not model.config._name_or_path
-    fsdp = args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return unnamed and peft_config is None and (fsdp or not args.precompute_ref_log_probs)
-
-
-@contextmanager
-def gathered_head(model):
-    """TRL's fused head, run inside, finds its weight whole where FSDP2 shards the head as a unit of its own.
-
-    TRL reads the weight without calling the head, so nothing gathers it. Of a shard it takes ``full_tensor()``, whose
-    backward believes that all ranks have the same gradient: each would train its rows on its own batch alone.
-    accelerate 1.15 makes such units of the heads of vision-language models, whose final norm it does not find; those of
-    text models it shards with that norm, which is called.
-    """
-    inner = unwrap(model)
-    head = inner.get_output_embeddings()
-    if not isinstance(head, FSDPModule):
-        yield
-        return
-    gathered = False
-
-    def gather(*_):
-        nonlocal gathered
-        if isinstance(head.weight, DTensor):
-            head.unshard()
-            gathered = True
-
-    hook = inner.base_model.register_forward_hook(gather)  # within the root's forward, which sets FSDP2 up
-    try:
-        yield
-    finally:
-        hook.remove()
-        if gathered and not torch.is_grad_enabled():  # otherwise the end of backward shards it
-            head.reshard()
 
 
 def total(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
