@@ -56,7 +56,7 @@ def fused_head(model: Model, *, logits_budget: int | None = None) -> Iterator[Mo
         transformers' ``base_model`` and ``get_output_embeddings``. A model that does something else to its logits than
         scale, softcap and bias is not recognised: compare once with ``sequence_logps(model(**inputs).logits, labels)``.
     """
-    inner = _unwrap(model)
+    inner = unwrap(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     layers = [] if head is None else [m for m in head.modules() if _is_projection(m)]
     if not layers:
@@ -109,7 +109,7 @@ def fused_head(model: Model, *, logits_budget: int | None = None) -> Iterator[Mo
                 module.__dict__["forward"] = function
 
 
-def _unwrap(model: nn.Module) -> Any:
+def unwrap(model: nn.Module) -> Any:
     while True:
         for name in WRAPPERS:
             if hasattr(model, name):

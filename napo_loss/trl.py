@@ -1,4 +1,4 @@
-"""NaPO in TRL: ``NaPOTrainer``; its arguments are in ``trl_config``, its batches in ``trl_data``.
+"""NaPO in TRL: ``NaPOTrainer``; arguments are in ``trl_config``, batches in ``trl_data``, models in ``trl_models``.
 
     from napo_loss.trl import NaPOConfig, NaPOTrainer
 
@@ -24,7 +24,6 @@ import torch.distributed as dist
 
 try:
     from datasets import Dataset
-    from transformers import PreTrainedModel
     from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference, DPOTrainer
 except ImportError as error:
     raise ImportError('napo_loss.trl needs TRL: pip install "napo-loss[trl]"') from error
@@ -33,6 +32,7 @@ from napo_loss.head import fused_head
 from napo_loss.objective import napo_loss
 from napo_loss.trl_config import PAPER, NaPOConfig
 from napo_loss.trl_data import GroupCollator, negative_columns, reference_column, tokenize_negatives
+from napo_loss.trl_models import gathered_head, needs_copy
 from napo_loss.types import SequenceLogps
 
 __all__ = ["NaPOConfig", "NaPOTrainer"]
@@ -77,9 +77,10 @@ class NaPOTrainer(DPOTrainer):
                 negative_columns(next(iter(other)), dict.fromkeys(self.negatives))
         self.recipe = args.recipe(self.negatives)
         self.q: torch.Tensor | None = None  # of the training step before
-        if ref_model is None and _needs_copy(model, args, kwargs.get("peft_config")):
-            ref_model = copy.deepcopy(model)
-        super().__init__(model, ref_model, args, **kwargs)
+        copied = ref_model is None and needs_copy(model, args, kwargs.get("peft_config"))
+        super().__init__(model, copy.deepcopy(model) if copied else ref_model, args, **kwargs)
+        if copied and args.precompute_ref_log_probs:
+            self.ref_model = None  # has done its work, as the one that TRL would have loaded
         if isinstance(self.data_collator, (DataCollatorForPreference, DataCollatorForVisionPreference)):
             suffix = "" if self._is_vision_dataset else "_ids"
             self.data_collator = GroupCollator(self.data_collator, self.negatives, suffix, self.precompute_ref_logps)
@@ -108,6 +109,11 @@ class NaPOTrainer(DPOTrainer):
         """TRL's own pass over the data, which knows two columns: run on two blocks at a time, each under its name."""
         if not isinstance(dataset, Dataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # says what it does not support
+        if self.accelerator.num_processes > 1 and not dataset.cache_files:
+            raise ValueError(
+                "precompute_ref_log_probs=True on several ranks hands the log-probs on in a cache file beside the "
+                f"dataset, but the {name} dataset is in memory: read it from disk (load_dataset, load_from_disk)"
+            )
         blocks = ["chosen", *self.negatives]
         dataset = dataset.remove_columns([c for c in map(reference_column, blocks) if c in dataset.column_names])
         collator = self.data_collator
@@ -143,7 +149,8 @@ class NaPOTrainer(DPOTrainer):
         model_inputs = {key: x for key, x in inputs.items() if key != "completion_mask"} | {"use_cache": False}
         labels = model_inputs["input_ids"].masked_fill(completion_mask == 0, -100)
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        outputs = model(**model_inputs, **router, labels=labels, fused_lm_head=True)
+        with gathered_head(model):
+            outputs = model(**model_inputs, **router, labels=labels, fused_lm_head=True)
         if reference is None:
             reference_model = self.model if self.ref_model is None else self.ref_model
             reference = torch.cat(self.compute_ref_log_probs(reference_model, inputs))
@@ -234,12 +241,6 @@ class NaPOTrainer(DPOTrainer):
         if set(q) != set(self.negatives):
             raise ValueError(f"{path} holds q for {list(q)}, but the negatives are {self.negatives}")
         self.q = torch.tensor([q[name] for name in self.negatives])
-
-
-def _needs_copy(model, args: NaPOConfig, peft_config) -> bool:
-    """Whether TRL would look for the reference under a name that the model does not have."""
-    unnamed = isinstance(model, PreTrainedModel) and not model.config._name_or_path
-    return unnamed and peft_config is None and not args.precompute_ref_log_probs
 
 
 def total(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
