@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from napo_loss.checks import is_dtensor
 from napo_loss.linear import linear_sequence_logps
 from napo_loss.types import LowRank
+from napo_loss.vocabulary import as_replicated
 
 Model = TypeVar("Model", bound=nn.Module)
 WRAPPERS = ("_orig_mod", "module", "get_base_model")
@@ -22,9 +24,10 @@ def fused_head(model: Model, *, logits_budget: int | None = None) -> Iterator[Mo
     """Inside, ``model(**inputs, labels=labels)`` returns :class:`SequenceLogps`, never forming the logits.
 
     The backbone and the lm_head run as modules of the model's own forward pass: FSDP2, DDP and ZeRO-3 gather and reduce
-    as usual, hooks fire, tied embeddings, PEFT (LoRA on the head included) and gradient checkpointing work. Calls
-    without ``labels``, generation too, are unchanged. Bias, softcap and logit scale are the model's own, read from its
-    config; the loss that the model would have computed is not.
+    as usual, hooks fire, tied embeddings, PEFT (LoRA on the head included) and gradient checkpointing work. A head
+    that transformers' ``tp_plan`` split over ranks stays split (see :class:`napo_loss.VocabShard`). Calls without
+    ``labels``, generation too, are unchanged. Bias, softcap and logit scale are the model's own, read from its config;
+    the loss that the model would have computed is not.
 
     Args:
         model: a causal language model or vision-language model of transformers, wrapped or not. Enter before the call
@@ -85,6 +88,8 @@ def fused_head(model: Model, *, logits_budget: int | None = None) -> Iterator[Mo
             at = weight.weight if isinstance(weight, LowRank) else weight
             tokens = {name: None if x is None else x.to(at.device) for name, x in tokens.items()}
             hidden = hidden.to(at.device)  # a model spread over devices may keep its head on another
+            if is_dtensor(at):  # FSDP2 has gathered by now, so it is tensor parallelism, under which hidden is whole
+                hidden = as_replicated(hidden, at)
             if tokens["cu_seqlens"] is not None:
                 hidden = hidden.flatten(0, 1)
                 tokens |= {name: x.flatten() for name, x in tokens.items() if x is not None}

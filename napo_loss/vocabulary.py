@@ -173,6 +173,15 @@ def _replicated(name: str, x: Any, like: Any) -> Tensor:
     return x.redistribute(placements=placements).to_local(grad_placements=placements)
 
 
+def as_replicated(x: Tensor, like: Any) -> Tensor:
+    """``x``, which the ranks of ``like``'s mesh hold whole, as the DTensor that says so."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if is_dtensor(x):
+        return x
+    return DTensor.from_local(x, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+
+
 def _same_shard(name: str, x: Any, like: Any) -> Tensor:
     if not is_dtensor(x) or x.device_mesh != like.device_mesh or x.placements != like.placements:
         given = x.placements if is_dtensor(x) else type(x).__name__

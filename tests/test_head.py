@@ -206,16 +206,20 @@ expected_losses, expected = test_head.step(test_head.pair_model(tied), inputs, l
 model = test_head.pair_model(tied)
 if how == "ddp":
     model = DistributedDataParallel(model)
+elif how == "tp":
+    model = type(model).from_pretrained(os.environ["SAVED"], tp_plan="auto")
+    assert type(model.lm_head.weight).__name__ == "DTensor"
 else:
     for layer in model.model.layers:
         fully_shard(layer)
     if how == "fsdp2-head":
         fully_shard(model.lm_head)
     fully_shard(model)
-order = [rank, rank + 2]  # a chosen and its rejected
+# A chosen and its rejected; under tensor parallelism both ranks have all pairs.
+order, here = ([0, 1, 2, 3], slice(None)) if how == "tp" else ([rank, rank + 2], slice(rank, rank + 1))
 mine = {name: x[order] for name, x in inputs.items()}
 losses, grads = test_head.step(model, mine, labels[order])
-torch.testing.assert_close(losses, expected_losses[rank : rank + 1], rtol=1e-5, atol=1e-6)
+torch.testing.assert_close(losses, expected_losses[here], rtol=1e-5, atol=1e-6)
 for name, grad in grads.items():
     grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
     torch.testing.assert_close(grad, expected[name.removeprefix("module.")], rtol=1e-4, atol=1e-6, msg=name)
@@ -241,12 +245,14 @@ def step(model, inputs, labels):
 
 
 @pytest.mark.parametrize(
-    ("how", "tied"), [("ddp", "untied"), ("fsdp2", "untied"), ("fsdp2", "tied"), ("fsdp2-head", "untied")]
+    ("how", "tied"),
+    [("ddp", "untied"), ("fsdp2", "untied"), ("fsdp2", "tied"), ("fsdp2-head", "untied"), ("tp", "untied")],
 )
 def test_two_ranks_agree_with_one_process(how, tied, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
+    pair_model(tied == "tied").save_pretrained(tmp_path / "saved")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, how, tied]
-    environment = {**os.environ, "ROOT": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "ROOT": str(ROOT), "SAVED": str(tmp_path / "saved"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.stdout.count("agrees") == 2, done.stdout + done.stderr
