@@ -12,11 +12,17 @@ from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
+from hypothesis import Phase, settings
 from torch.distributed.tensor.debug import CommDebugMode
 
 SIZE = 4
 SECONDS = 60
 """After which a collective that a rank does not join is an error."""
+
+
+def examples(count: int):
+    """Settings of hypothesis for tests of ranks: a failing example costs a new set of processes, so none is shrunk."""
+    return settings(max_examples=count, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 class Ranks:

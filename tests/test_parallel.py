@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from ranks import Wire
+from ranks import Wire, examples
 from torch.nn.parallel import DistributedDataParallel
 
 from docs import scale
@@ -74,7 +74,7 @@ def check_q(group, seed, K, counts, fused):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@settings(max_examples=30)
+@examples(30)
 @given(seeds, st.integers(1, 3), st.lists(st.integers(0, 5), min_size=2, max_size=4).filter(any))
 def test_q_and_weights_are_global(ranks, fused, seed, K, counts):
     results = ranks.run(len(counts), check_q, seed, K, counts, fused)
@@ -188,7 +188,7 @@ def check_sequence_parallel(group, seed, N, T, zigzag):
     loss.losses.mean().backward()
 
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # before the split
-    at = torch.arange(group.rank(), T, group.size())
+    at = torch.arange(T)[group.rank() :: group.size()]
     if not zigzag:
         at = torch.arange(T).tensor_split(group.size())[group.rank()]
     if len(at) == 0:  # more ranks than positions
@@ -204,7 +204,7 @@ def check_sequence_parallel(group, seed, N, T, zigzag):
     return whole.sum.detach()
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(seeds, st.integers(2, 4), st.integers(1, 3), st.integers(1, 9), st.booleans())
 def test_sequence_parallel(ranks, seed, W, N, T, zigzag):
     sums = ranks.run(W, check_sequence_parallel, seed, N, T, zigzag)

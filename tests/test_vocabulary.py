@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from ranks import Wire
+from ranks import Wire, examples
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.library import opcheck
 
@@ -98,7 +98,7 @@ def check_logits(group, seed, N, T, V, kind, dtype, backend, weighted, shift, pa
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=40)
+@examples(40)
 @given(
     seeds, st.integers(2, 4), st.integers(1, 3), st.integers(1, 6), st.sampled_from([1, 2, 5, 16, 37, 301, 5003]),
     st.sampled_from(["dtensor", "padded", "anywhere"]), st.sampled_from([torch.float32, torch.bfloat16]),
@@ -155,7 +155,7 @@ def check_linear(group, seed, sizes, kind, dtype, backend, low_rank, trained, bu
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=40)
+@examples(40)
 @given(
     seeds, st.integers(2, 4), st.integers(1, 3), st.integers(2, 6), st.sampled_from([1, 5, 37, 1000]),
     st.sampled_from(["dtensor", "padded", "anywhere"]), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans(),
