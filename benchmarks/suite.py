@@ -1,0 +1,48 @@
+"""Runs the timed suites and writes what they leave."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from benchmarks import figure, machine, report
+from benchmarks.record import Row, merge, read_rows, write_rows
+from benchmarks.runner import LIMIT, QUICK_LIMIT, run
+
+
+def run_suites(suites: Sequence[str], *, quick: bool) -> list[Row]:
+    """Returns the rows of this run; the files hold those of suites that did not run, too."""
+    cases = [case for suite in suites for case in importlib.import_module(f"benchmarks.{suite}").cases(quick)]
+    rows: list[Row] = []
+    progress = tqdm(total=len(cases), unit="case", disable=None)
+    finished = list(suites)
+    try:
+        for i, row in enumerate(run(cases, limit=QUICK_LIMIT if quick else LIMIT, rows=rows)):
+            progress.set_description(f"{row.suite} {row.shape} {'' if row.c is None else f'c={row.c:g} '}{row.what}")
+            progress.update(i - progress.n)
+        progress.update(len(cases) - progress.n)
+    except KeyboardInterrupt:
+        print("\ninterrupted: what was measured is kept")
+        finished = [suite for suite in suites if sum(r.suite == suite for r in rows) == _expected(cases, suite)]
+    progress.close()
+    _write(rows, finished, quick)
+    return rows
+
+
+def _expected(cases: Sequence, suite: str) -> int:
+    return sum(len(case.providers) for case in cases if case.row.suite == suite)
+
+
+def _write(rows: list[Row], finished: Sequence[str], quick: bool) -> None:
+    folder, stem = machine.ROOT / ("runs" if quick else "benchmarks/results"), machine.file_stem()
+    path = folder / f"{stem}.csv"
+    kept = merge(read_rows(path), rows, finished)
+    write_rows(path, kept)
+    for suite, text in report.tables(kept).items():
+        (folder / f"{stem}-{suite}.md").write_text(text)
+        if any(row.suite == suite for row in rows):
+            print(f"\n{suite}\n{text}")
+    figure.draw(kept, folder / f"{stem}.png")
+    print(f"written: {path}, {stem}.png and the tables {stem}-*.md beside it")
