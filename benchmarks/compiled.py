@@ -15,8 +15,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is decorated; interpreted kernels do not compile
-
 import torch
 import triton
 from tqdm import tqdm
@@ -185,6 +183,7 @@ def _amd_width(text: str, kind: str) -> int:
 
 def compile_all() -> list[Report]:
     """Every case on every target."""
+    os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is decorated; interpreted kernels do not compile
     calls = [(case, launch) for case, call in cases() for launch in record(call)]
     found = []
     for (case, launch), target in tqdm(list(product(calls, TARGETS)), unit="kernel", disable=None):

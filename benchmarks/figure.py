@@ -55,7 +55,8 @@ def _draw(axes, rows: Sequence[Row], name: str, title: str) -> None:
     label = {"c": "active share c of the positions", "T": "positions T of a sequence"}[name]
     ticks = sorted({getattr(r, name) for r in rows})
     for axis, unit in zip(axes, ("ms", "MiB beyond inputs and gradients"), strict=True):
-        axis.set(xlabel=label, ylabel=unit, xscale="log", yscale="log", title=title)
+        yscale = "log" if any(len(line.get_xdata()) for line in axis.lines) else "linear"
+        axis.set(xlabel=label, ylabel=unit, xscale="log", yscale=yscale, title=title)
         axis.title.set_fontsize(8)
         axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axis.minorticks_off()

@@ -21,7 +21,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
 
 def logits(rows: list[Row]) -> str:
     both = [row for row in rows if row.what == "both"]
-    shapes = _unique(both, lambda r: (r.shape, r.N, r.T))
+    shapes = _unique([r for r in both if r.p50 is not None] or both, lambda r: (r.shape, r.N, r.T))
     swept = [s for s in shapes if len(_unique(_of(both, s), lambda r: r.c)) > 1][:2] or shapes[:1]
     lines, shown = [], []
     for shape in swept:
@@ -35,9 +35,9 @@ def logits(rows: list[Row]) -> str:
             cells = {r.c: r for r in theirs}
             errors = [r.logps_error for r in theirs if r.logps_error is not None]
             error = f"{errors[0]:.1g}" if errors else "–"
-            mid = cells[at]
-            share = "–" if mid.share_of_floor is None else f"{100 * mid.share_of_floor:.0f} %"
-            lines.append(_line(name, [*(_time(cells[c]) for c in active), _mib(mid.extra_bytes), share, error]))
+            mid = cells.get(at)
+            share = "–" if mid is None or mid.share_of_floor is None else f"{100 * mid.share_of_floor:.0f} %"
+            lines.append(_line(name, [*(_time(cells.get(c)) for c in active), _mib(mid), share, error]))
         lines.append("")
     first = swept[0]
     others = [s for s in shapes if s not in swept and (s[0], s[1]) != first[:2]]
@@ -47,8 +47,8 @@ def logits(rows: list[Row]) -> str:
         for shape in others:
             mine = _of(both, shape)
             shown += mine
-            cells = {r.provider: _time(r) for r in mine}
-            lines.append(_line(f"{_sizes(mine[0])}, c={mine[0].c:g}", [cells.get(name, "–") for name in names]))
+            cells = {r.provider: r for r in mine}
+            lines.append(_line(f"{_sizes(mine[0])}, c={mine[0].c:g}", [_time(cells.get(name)) for name in names]))
         lines.append("")
     return "\n".join([*lines, _caption(rows, shown)])
 
@@ -66,7 +66,7 @@ def linear(rows: list[Row]) -> str:
         fixed = [_both(r) for r in frozen if r.provider == name] or ["–"] * bool(frozen)
         error = exact.get(name)
         lines.append(
-            _line(name, [f"{error:.4f}" if error is not None else "–", *(_both(cells[c]) for c in active), *fixed])
+            _line(name, [f"{error:.4f}" if error is not None else "–", *(_both(cells.get(c)) for c in active), *fixed])
         )
     return "\n".join([*lines, "", _caption(rows, mine)])
 
@@ -76,7 +76,7 @@ def objective(rows: list[Row]) -> str:
     lines = _header("forward + backward, host's clock", shapes)
     for name, theirs in _by_provider(rows):
         cells = {r.shape: r for r in theirs}
-        lines.append(_line(name, [_time(cells[s]) if s in cells else "–" for s in shapes]))
+        lines.append(_line(name, [_time(cells.get(s)) for s in shapes]))
     return "\n".join([*lines, "", _caption(rows, rows)])
 
 
@@ -86,7 +86,7 @@ def end_to_end(rows: list[Row]) -> str:
     )
     for name, theirs in _by_provider(rows):
         row = theirs[0]
-        lines.append(_line(name, [_time(row), f"{row.p20:.0f} to {row.p80:.0f} ms", _mib(row.extra_bytes)]))
+        lines.append(_line(name, [_time(row), f"{row.p20:.0f} to {row.p80:.0f} ms", _mib(row)]))
     return "\n".join([*lines, "", _caption(rows, rows)])
 
 
@@ -117,16 +117,18 @@ def _sizes(row: Row) -> str:
     return f"{row.shape}: N={row.N}, T={row.T}, {D}V={row.V}"
 
 
-def _time(row: Row) -> str:
-    return "–" if row.p50 is None else f"{row.p50:.3g} {row.unit}" if row.p50 < 1000 else f"{row.p50:.0f} {row.unit}"
+def _time(row: Row | None) -> str:
+    if row is None or row.p50 is None:
+        return "–"
+    return f"{row.p50:.3g} {row.unit}" if row.p50 < 1000 else f"{row.p50:.0f} {row.unit}"
 
 
-def _mib(size: int | None) -> str:
-    return "–" if size is None else f"{max(0, size) / 2**20:.0f} MiB"
+def _mib(row: Row | None) -> str:
+    return "–" if row is None or row.extra_bytes is None else f"{max(0, row.extra_bytes) / 2**20:.0f} MiB"
 
 
-def _both(row: Row) -> str:
-    return "–" if row.p50 is None else f"{_time(row)}, {_mib(row.extra_bytes)}"
+def _both(row: Row | None) -> str:
+    return "–" if row is None or row.p50 is None else f"{_time(row)}, {_mib(row)}"
 
 
 def _caption(rows: Sequence[Row], shown: Sequence[Row]) -> str:

@@ -71,7 +71,7 @@ def logits_shapes(quick: bool) -> list[Shape]:
         with_image("LLaVA-1.5-7B", 1),
         shape("Qwen2.5-VL-7B", 1, 128, 0.3),
         shape("Gemma-2-2B", 1, 128, 0.3),
-        *(shape("Llama-3-8B", 1, T, 0.3) for T in (32, 64, 256)),
+        *(shape("Llama-3-8B", 1, T, 0.3) for T in (32, 64)),
     ]
 
 
