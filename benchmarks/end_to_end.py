@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import tempfile
 import time
 import warnings
@@ -136,9 +135,6 @@ def make_trainer(size: Size, name: str, folder: str) -> Any:
         logging_steps=1000, save_strategy="no", report_to="none", bf16=GPU, gradient_checkpointing=False,
         disable_tqdm=True, dataloader_pin_memory=False, use_cpu=not GPU, use_liger_kernel=layers, max_length=None,
     )  # fmt: skip
-    quiet = [logging.getLogger(package) for package in ("transformers", "trl", "accelerate")]
-    for logger in quiet:
-        logger.setLevel(logging.ERROR)
     model, reference = (make_model(size) for _ in range(2))
     return trainer(model, reference, arguments, train_dataset=pairs(size), processing_class=tokenizer(size.V))
 

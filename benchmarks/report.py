@@ -90,6 +90,34 @@ def end_to_end(rows: list[Row]) -> str:
     return "\n".join([*lines, "", _caption(rows, rows)])
 
 
+def goals(rows: Sequence[Row]) -> list[str]:
+    """What this library set out to reach from logits on a GPU, and whether these rows do: shares of the floor."""
+    ours = [r for r in rows if r.suite == "logits" and r.provider == "napo_loss" and r.p50 is not None and r.active]
+    many = [r for r in ours if (r.V or 0) >= 32000 and (r.active or 0) >= 1000]
+    few = [r for r in ours if (r.V or 0) >= 32000 and r.N == 2 and 150 <= (r.active or 0) < 1000]
+    lines = []
+    for goal, mine, case in (
+        (0.85, many, "1000 and more active rows"),
+        (0.6, few, "one pair, 150 and more active rows"),
+    ):
+        shares = [(r.share_of_floor, r.name) for r in mine if r.share_of_floor is not None]
+        if shares:
+            share, name = min(shares)
+            lines.append(f"{_met(share >= goal)}: {case}: {goal:.0%} of the floor; least {share:.0%} ({name})")
+    best = {r.key[:-1]: r for r in ours if r.c is not None and r.c <= 0.3}
+    faster = [
+        f"{r.name} at {r.p50 / mine.p50:.2f} times ours"
+        for r in rows
+        if r.p50 is not None and (mine := best.get(r.key[:-1])) and mine.p50 and r.p50 < mine.p50
+    ]
+    lines.append(f"{_met(not faster)}: no peer faster at any c ≤ 0.3" + "".join(f"\n  {line}" for line in faster))
+    return lines
+
+
+def _met(reached: bool) -> str:
+    return "reached" if reached else "MISSED "
+
+
 def _of(rows: Sequence[Row], shape: tuple) -> list[Row]:
     return [row for row in rows if (row.shape, row.N, row.T) == shape]
 

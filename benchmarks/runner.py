@@ -1,7 +1,9 @@
 """Runs cases: every provider becomes a row, whatever happens to it, and a run ends in the time that it was given.
 
 The time is bounded by construction: a case begins only within its suite's share of :data:`LIMIT`, and its steps are
-measured for a fixed time each. What no longer fits is a row that says so.
+measured for a fixed time each. What no longer fits is a row that says so. On a GPU there are 54 cases of logits at 6
+providers and 0.13 s, 17 of linear at 11, 6 of objective, and one of end_to_end: some two minutes of measuring; the rest
+of the limit is for compilers.
 """
 
 from __future__ import annotations

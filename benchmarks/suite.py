@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
 from benchmarks import figure, machine, report
+from benchmarks.measure import GPU
 from benchmarks.record import Row, merge, read_rows, write_rows
 from benchmarks.runner import LIMIT, QUICK_LIMIT, run
 
@@ -31,6 +33,14 @@ def run_suites(suites: Sequence[str], *, quick: bool) -> list[Row]:
     return rows
 
 
+def paste(readme: Path, table: Path, text: str) -> None:
+    """Puts a table between README's two comments with its path, where README has them."""
+    marker = f"<!-- {table.relative_to(readme.parent).as_posix()} -->"
+    parts = readme.read_text().split(marker) if readme.exists() else []
+    if len(parts) == 3:
+        readme.write_text(f"{parts[0]}{marker}\n\n{text.strip()}\n\n{marker}{parts[2]}")
+
+
 def _expected(cases: Sequence, suite: str) -> int:
     return sum(len(case.providers) for case in cases if case.row.suite == suite)
 
@@ -41,8 +51,12 @@ def _write(rows: list[Row], finished: Sequence[str], quick: bool) -> None:
     kept = merge(read_rows(path), rows, finished)
     write_rows(path, kept)
     for suite, text in report.tables(kept).items():
-        (folder / f"{stem}-{suite}.md").write_text(text)
+        table = folder / f"{stem}-{suite}.md"
+        table.write_text(text)
+        paste(machine.ROOT / "README.md", table, text)
         if any(row.suite == suite for row in rows):
             print(f"\n{suite}\n{text}")
+    if GPU and any(row.suite == "logits" for row in rows):
+        print(*report.goals(rows), sep="\n")
     figure.draw(kept, folder / f"{stem}.png")
     print(f"written: {path}, {stem}.png and the tables {stem}-*.md beside it")

@@ -294,6 +294,29 @@ def test_an_interrupt_keeps_what_was_measured(folder, monkeypatch, rates):
     ]
 
 
+def test_goals_are_read_off_the_rows():
+    def row(share, active, p50=10.0, provider="napo_loss", **kwargs):
+        return replace(rows_of(p50=p50, provider=provider, **kwargs), V=32064, active=active, share_of_floor=share)
+
+    many, few, slower = row(0.9, 1000), row(0.61, 200, c=0.05), row(0.5, 1000, p50=11.0, provider="eager")
+    assert [line.split(":")[0] for line in report.goals([many, few, slower])] == ["reached"] * 3
+    lines = report.goals(
+        [replace(many, share_of_floor=0.8), replace(few, share_of_floor=0.5), replace(slower, p50=9.0)]
+    )
+    assert [line.split(":")[0] for line in lines] == ["MISSED "] * 3
+    assert "eager at 0.90 times ours" in lines[2]
+
+
+def test_a_table_is_pasted_where_readme_names_it(tmp_path):
+    readme = tmp_path / "README.md"
+    marker = "<!-- results/cpu.md -->"
+    readme.write_text(f"before\n\n{marker}\nold\n{marker}\n\nafter\n")
+    for _ in range(2):
+        suites.paste(readme, tmp_path / "results/cpu.md", "| new |\n")
+        suites.paste(readme, tmp_path / "results/gpu.md", "| other |\n")
+    assert readme.read_text() == f"before\n\n{marker}\n\n| new |\n\n{marker}\n\nafter\n"
+
+
 def test_tables_show_every_provider_or_its_reason():
     cells = [rows_of(c=c, provider=p, extra_bytes=2**20) for c in (0.1, 1.0) for p in ("napo_loss", "eager")]
     broken = [replace(CASE, c=c, provider="CCE", note="no such thing") for c in (0.1, 1.0)]
