@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.linear_providers import PROVIDERS, dpo
-from benchmarks.logits import make_labels
+from benchmarks.logits import MOST, make_labels
 from benchmarks.machine import cache_bytes
 from benchmarks.measure import DEVICE, GPU, extra_bytes, in_fresh_process
 from benchmarks.record import Row
@@ -60,7 +60,8 @@ def _untimed(providers: Sequence[str]) -> Timed:
 def _time(shape: Shape, c: float, head: str, seconds: float, providers: Sequence[str]) -> Timed:
     if c == shape.active[0]:
         torch._dynamo.reset()  # each shape is compiled for itself, and past a limit dynamo would give up
-    count = 1 if GPU else 1 + -(-cache_bytes() // (shape.D * shape.V * getattr(torch, DTYPE).itemsize))
+    size = shape.D * shape.V * getattr(torch, DTYPE).itemsize
+    count = 1 if GPU else min(MOST, 1 + -(-cache_bytes() // size))
     sets = make_inputs(shape, DTYPE, count)
     return side_by_side(lambda name: start(name, sets, make_labels(shape, c), head), providers, seconds)
 

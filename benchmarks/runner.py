@@ -103,19 +103,27 @@ def side_by_side(
     host_clock: bool = not GPU,
 ) -> Timed:
     """Times the steps that ``start(provider)`` gives, each called once before; a failure is the provider's own."""
+    if GPU:  # one at a time: what a step holds on to is memory that the next needs
+        return {name: _alone(start, name, seconds, host_clock) for name in providers}
     steps: dict[str, Callable[[], object]] = {}
-    timed: Timed = {}
+    failed: Timed = {}
     for name in providers:
         try:
             step = start(name)
             step()
-            if GPU:  # one at a time: what a step holds on to is memory that the next needs
-                timed[name] = time_steps({name: step}, seconds, host_clock=host_clock)[name]
-            else:
-                steps[name] = step
+            steps[name] = step
         except Exception as error:  # a peer may fail in any way; its row says how
-            timed[name] = error.with_traceback(None)  # which holds tensors
-    return timed | time_steps(steps, seconds, host_clock=host_clock) if steps else timed
+            failed[name] = error.with_traceback(None)  # which holds tensors
+    return failed | time_steps(steps, seconds, host_clock=host_clock)
+
+
+def _alone(start: Callable, name: str, seconds: float, host_clock: bool) -> Samples | Exception:
+    try:
+        step = start(name)
+        step()
+        return time_steps({name: step}, seconds, host_clock=host_clock)[name]
+    except Exception as error:
+        return error.with_traceback(None)
 
 
 def reason(error: BaseException) -> str:

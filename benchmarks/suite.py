@@ -11,7 +11,7 @@ from tqdm import tqdm
 from benchmarks import figure, machine, report
 from benchmarks.measure import GPU
 from benchmarks.record import Row, merge, read_rows, write_rows
-from benchmarks.runner import LIMIT, QUICK_LIMIT, run
+from benchmarks.runner import LIMIT, QUICK_LIMIT, Case, run
 
 
 def run_suites(suites: Sequence[str], *, quick: bool) -> list[Row]:
@@ -19,7 +19,6 @@ def run_suites(suites: Sequence[str], *, quick: bool) -> list[Row]:
     cases = [case for suite in suites for case in importlib.import_module(f"benchmarks.{suite}").cases(quick)]
     rows: list[Row] = []
     progress = tqdm(total=len(cases), unit="case", disable=None)
-    finished = list(suites)
     try:
         for i, row in enumerate(run(cases, limit=QUICK_LIMIT if quick else LIMIT, rows=rows)):
             progress.set_description(f"{row.suite} {row.shape} {'' if row.c is None else f'c={row.c:g} '}{row.what}")
@@ -27,10 +26,15 @@ def run_suites(suites: Sequence[str], *, quick: bool) -> list[Row]:
         progress.update(len(cases) - progress.n)
     except KeyboardInterrupt:
         print("\ninterrupted: what was measured is kept")
-        finished = [suite for suite in suites if sum(r.suite == suite for r in rows) == _expected(cases, suite)]
-    progress.close()
-    _write(rows, finished, quick)
+    finally:
+        progress.close()
+        _write(rows, [suite for suite in suites if _finished(suite, cases, rows)], quick)
     return rows
+
+
+def _finished(suite: str, cases: Sequence[Case], rows: Sequence[Row]) -> bool:
+    expected = sum(len(case.providers) for case in cases if case.row.suite == suite)
+    return sum(row.suite == suite for row in rows) == expected
 
 
 def paste(readme: Path, table: Path, text: str) -> None:
@@ -39,10 +43,6 @@ def paste(readme: Path, table: Path, text: str) -> None:
     parts = readme.read_text().split(marker) if readme.exists() else []
     if len(parts) == 3:
         readme.write_text(f"{parts[0]}{marker}\n\n{text.strip()}\n\n{marker}{parts[2]}")
-
-
-def _expected(cases: Sequence, suite: str) -> int:
-    return sum(len(case.providers) for case in cases if case.row.suite == suite)
 
 
 def _write(rows: list[Row], finished: Sequence[str], quick: bool) -> None:
