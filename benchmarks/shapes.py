@@ -88,7 +88,7 @@ def linear_shapes(quick: bool) -> list[Shape]:
             shape("Gemma-2-2B", 4, 1024, 0.3),
             *(shape("Llama-3-8B", 8, T, 0.3) for T in (256, 512, 2048)),
         ]
-    return [shape("SmolLM2-135M", 1, 256), *(shape("SmolLM2-135M", 1, T, 0.3) for T in (64, 128))]
+    return [shape("SmolLM2-135M", 1, 192), *(shape("SmolLM2-135M", 1, T, 0.3) for T in (48, 96))]
 
 
 def linear_accuracy_shape(quick: bool) -> Shape:
