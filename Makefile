@@ -22,9 +22,7 @@ lint: $(if $(VENV),$(VENV)/.dev)
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 
 bench: $(if $(VENV),$(VENV)/.bench)
-	$(PYTHON) -m benchmarks static
-	$(PYTHON) -m benchmarks logits
-	$(PYTHON) -m benchmarks linear
+	$(PYTHON) -m benchmarks
 
 $(VENV)/bin/python:
 	$(BASE_PYTHON) -m venv $(VENV)

@@ -1,30 +1,61 @@
-"""``python -m benchmarks static|logits|linear``: see each module."""
+"""Measures every public function against what users would pick instead, and leaves a CSV, a figure and tables.
+
+Suites: logits, linear, objective, end_to_end, and static, which compiles the kernels and needs no GPU. Without a name
+all run (static where there is no GPU). Results are written to benchmarks/results, those of --quick to runs/; a suite
+that runs again replaces its rows, and Ctrl-C keeps what was measured. A run is bounded: see benchmarks/runner.py.
+"""
 
 import argparse
+import sys
+from pathlib import Path
+
+SUITES = ("logits", "linear", "objective", "end_to_end", "static")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    suites = parser.add_subparsers(dest="suite", required=True)
-    static = suites.add_parser("static", help="compile every kernel for every target: no GPU needed")
-    static.add_argument("--check", action="store_true", help="write nothing; fail on a spill or a narrow load")
-    logits = suites.add_parser("logits", help="time and memory of sequence_logps against its peers")
-    logits.add_argument("--quick", action="store_true", help="the smallest shape only")
-    linear = suites.add_parser("linear", help="hidden states to gradients: time, memory and accuracy against its peers")
-    linear.add_argument("--quick", action="store_true", help="a tiny shape, and nothing is written")
+    parser.add_argument("suites", nargs="*", metavar="suite", help=", ".join(SUITES))
+    parser.add_argument("--quick", action="store_true", help="few, small shapes for a short time each")
+    parser.add_argument("--compare", type=Path, metavar="OLD.csv", help="print ratios to these; fail on a regression")
+    parser.add_argument("--with", type=Path, dest="new", metavar="NEW.csv", help="compare these and run nothing")
+    parser.add_argument("--check", action="store_true", help="static: write nothing, fail where kernels got worse")
     arguments = parser.parse_args()
-    if arguments.suite == "static":
-        from benchmarks.static import run_static
+    unknown = set(arguments.suites) - set(SUITES)
+    if unknown:
+        parser.error(f"no suite called {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
+    if arguments.new and not arguments.compare:
+        parser.error("--with needs --compare")
+    if arguments.check and arguments.suites != ["static"]:
+        parser.error("--check is for static alone")
 
-        raise SystemExit(run_static(check=arguments.check))
-    if arguments.suite == "linear":
-        from benchmarks.linear import run_linear
+    from benchmarks.record import compare, read_rows
 
-        return run_linear(quick=arguments.quick)
-    from benchmarks.logits import run_logits
+    for path in filter(None, (arguments.compare, arguments.new)):
+        if not path.exists():
+            parser.error(f"{path} does not exist")
+    old = read_rows(arguments.compare) if arguments.compare else []  # a run may write over this file
+    status = 0
+    if arguments.new:
+        rows = read_rows(arguments.new)
+    else:
+        from benchmarks.measure import GPU
+        from benchmarks.suite import run_suites
 
-    run_logits(quick=arguments.quick)
+        chosen = arguments.suites or [s for s in SUITES if s != "static" or not (GPU or arguments.quick)]
+        timed = [suite for suite in chosen if suite != "static"]
+        rows = run_suites(timed, quick=arguments.quick) if timed else []
+        if "static" in chosen:
+            from benchmarks.static import run_static
+
+            status = run_static(check=arguments.check)
+    if arguments.compare:
+        lines, regressions = compare(old, rows)
+        print(*lines or ["no case in common"], sep="\n")
+        if regressions:
+            print("Lost ground beyond the spread:", *regressions, sep="\n")
+            status = 1
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,202 +1,126 @@
-"""Time, memory and accuracy from hidden states to gradients, against what users would pick instead.
+"""From hidden states through the DPO loss to the gradients of hidden states and lm_head, against users' other choices.
 
-    python -m benchmarks linear [--quick]
-
-Providers run side by side in one process on the same tensors; memory on a CPU is measured in a process of its own.
-Writes ``results/linear-<device>.csv`` and ``.png`` and ``linear.md`` (``--quick``: only prints).
+The floor is the products that this loss needs: forward, and for each gradient one more, over the positions that count.
 """
 
 from __future__ import annotations
 
-import csv
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import cycle
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
-from benchmarks.linear_providers import PROVIDERS, dpo, inputs, memory, stepper
-from benchmarks.measure import DEVICE, GPU, RESULTS, device_name, file_name, in_subprocess, times
+from benchmarks.linear_providers import PROVIDERS, dpo
+from benchmarks.logits import MOST, make_labels
+from benchmarks.machine import cache_bytes
+from benchmarks.measure import DEVICE, GPU, extra_bytes, in_fresh_process
+from benchmarks.record import Row
+from benchmarks.runner import Case, Timed, side_by_side
+from benchmarks.shapes import Shape, linear_accuracy_shape, linear_shapes
 from napo_loss import reference
 
-ACTIVE = (0.1, 0.3, 1.0) if GPU else (0.05, 0.1, 0.3, 0.4, 1.0)
-SHAPES = {  # name: N, T, D, V
-    **({"Llama-3-8B": (8, 1024, 4096, 128256), "Llama-3-8B, long": (8, 4096, 4096, 128256)} if GPU else {}),
-    **({} if GPU else {"1 B model": (8, 256, 1024, 32000)}),
-}
-FROZEN = 0.3 if GPU else 0.4  # the active share at which a frozen head is measured
-DTYPE = torch.bfloat16 if GPU else torch.float32
-ACCURACY = (4, 401, 1024, 32000)  # 400 tokens a sequence
-PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
-COLUMNS = (
-    "device", "shape", "N", "T", "D", "V", "dtype", "c", "head", "provider", "p20_ms", "p50_ms", "p80_ms",
-    "extra_bytes", "gemm_share", "logps_rms_nat", "hidden_grad_error", "weight_grad_error", "bit_identical", "note",
-)  # fmt: skip
+DTYPE = "bfloat16" if GPU else "float32"
+SECONDS = 0.1 if GPU else 0.5  # of measuring for each provider
+FROZEN = 0.3  # the active share at which a frozen head is measured
 
 
-def run_linear(*, quick: bool) -> None:
-    """Every row, a provider that cannot run included with its reason."""
-    shapes = {"tiny": (4, 32, 64, 1000)} if quick else SHAPES
-    trained = [(shape, c, "trained", p) for shape in shapes for c in ((0.3,) if quick else ACTIVE) for p in PROVIDERS]
-    frozen = [(shape, FROZEN, "frozen", p) for shape in shapes for p in ("napo_loss", "eager")]
-    jobs = trained + frozen
-    rows = []
-    progress = tqdm(total=len(jobs) + len(PROVIDERS), unit="case", disable=None)
-    try:
-        for provider in PROVIDERS:
-            shape = (4, 33, 64, 1000) if quick else ACCURACY
-            rows.append(_row("accuracy", shape, torch.bfloat16, 1.0, "trained", provider) | accuracy(provider, shape))
-            progress.update()
-        for shape, c, head, provider in jobs:
-            row = _row(shape, shapes[shape], DTYPE, c, head, provider)
-            rows.append(row | speed(provider, shapes[shape], c, head == "trained"))
-            rows[-1] |= {} if quick else space(provider, shapes[shape], c, head == "trained")
-            progress.update()
-    except KeyboardInterrupt:
-        print("interrupted: what was measured is kept")
-    progress.close()
-    for row in rows:
-        print("; ".join(f"{name} {row[name]}" for name in COLUMNS[1:] if row[name] != ""))
-    if not quick:
-        write(rows)
+def cases(quick: bool) -> Iterator[Case]:
+    accuracy = linear_accuracy_shape(quick)
+    yield Case(_row(accuracy, 1.0, "accuracy", "bfloat16"), tuple(PROVIDERS), _untimed, None, partial(errors, accuracy))
+    for i, shape in enumerate(linear_shapes(quick)):
+        for c in shape.active:
+            # A frozen head (LoRA) saves each provider its last product.
+            for head in ("trained", "frozen") if i == 0 and c == FROZEN else ("trained",):
+                yield Case(
+                    _row(shape, c, head, DTYPE),
+                    tuple(PROVIDERS) if head == "trained" else ("napo_loss", "eager"),
+                    partial(_time, shape, c, head, 0.02 if quick else SECONDS),
+                    partial(in_fresh_process, memory, shape, c, head),
+                )
 
 
-def _row(shape: str, sizes, dtype: torch.dtype, c: float, head: str, provider: str) -> dict[str, Any]:
-    names = dict(zip("NTDV", sizes, strict=True))
-    given = {"device": device_name(), "shape": shape, **names, "dtype": str(dtype).removeprefix("torch."), "c": c}
-    return {**dict.fromkeys(COLUMNS, ""), **given, "head": head, "provider": provider}
+def _row(shape: Shape, c: float, what: str, dtype: str) -> Row:
+    active = int((make_labels(shape, c)[:, 1:] != -100).sum())
+    products = {"frozen": 2, "trained": 3}.get(what)
+    flops = None if products is None else products * 2 * active * shape.D * shape.V
+    return Row("linear", shape.name, "", what, **_sizes(shape), dtype=dtype, c=c, active=active, floor_flops=flops)
 
 
-def speed(provider: str, shape, c: float, trained: bool) -> dict[str, Any]:
-    try:
-        step, _ = stepper(provider, shape, c, DTYPE, trained)
-        p20, p50, p80 = times(step)
-    except Exception as error:  # a peer may fail in any way; the table says how
-        return {"note": _reason(error)}
-    N, T, D, V = shape
-    flops = (3 if trained else 2) * c * 2 * N * T * D * V  # what this library needs with D kept
-    share = f"{flops / (p50 / 1e3) / gemm_rate():.2f}"
-    return {"p20_ms": f"{p20:.1f}", "p50_ms": f"{p50:.1f}", "p80_ms": f"{p80:.1f}", "gemm_share": share}
+def _sizes(shape: Shape) -> dict[str, Any]:
+    return {"N": shape.N, "T": shape.T, "D": shape.D, "V": shape.V}
 
 
-def space(provider: str, shape, c: float, trained: bool) -> dict[str, Any]:
-    job = {"provider": provider, "shape": list(shape), "c": c, "trained": trained}
-    if not GPU:
-        done = in_subprocess("benchmarks.linear_providers", job | {"dtype": str(DTYPE).removeprefix("torch.")})
-        return {"extra_bytes": done["extra_bytes"]} if "extra_bytes" in done else {"note": done["error"]}
-    try:
-        return {"extra_bytes": memory(**job, dtype=DTYPE)}
-    except Exception as error:
-        return {"note": _reason(error)}
+def _untimed(providers: Sequence[str]) -> Timed:
+    return {name: [] for name in providers}
 
 
-_rate: list[float] = []
+def _time(shape: Shape, c: float, head: str, seconds: float, providers: Sequence[str]) -> Timed:
+    if c == shape.active[0]:
+        torch._dynamo.reset()  # each shape is compiled for itself, and past a limit dynamo would give up
+    size = shape.D * shape.V * getattr(torch, DTYPE).itemsize
+    count = 1 if GPU else min(MOST, 1 + -(-cache_bytes() // size))
+    sets = make_inputs(shape, DTYPE, count)
+    return side_by_side(lambda name: start(name, sets, make_labels(shape, c), head), providers, seconds)
 
 
-def gemm_rate() -> float:
-    """FLOP/s of a large product of this dtype on random data, measured once in the same run."""
-    if not _rate:
-        n = 8192 if GPU else 2048
-        a = torch.randn(n, n, device=DEVICE, dtype=DTYPE)
-        _rate.append(2 * n**3 / (times(lambda: a @ a)[0] / 1e3))
-    return _rate[0]
+@lru_cache(1)
+def make_inputs(shape: Shape, dtype: str, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Hidden states and heads, whose logits have a standard deviation of 3; ``count`` of them, to rotate."""
+    N, T, D, V = shape[1:5]
+    g = torch.Generator(DEVICE).manual_seed(0)
+    kind = getattr(torch, dtype)
+    return [
+        (
+            torch.randn(N, T, D, generator=g, device=DEVICE).to(kind),
+            (torch.randn(V, D, generator=g, device=DEVICE) * (3 / D**0.5)).to(kind),
+        )
+        for _ in range(count)
+    ]
 
 
-def accuracy(provider: str, shape) -> dict[str, Any]:
-    """Errors in bfloat16 against float64 of the same inputs; and whether a second run gives the same bits."""
-    try:
-        step, _ = stepper(provider, shape, 1.0, torch.bfloat16, True)
-        (sums, grads), (again, grads_again) = step(), step()
-    except Exception as error:
-        return {"note": _reason(error)}
+def start(name: str, sets: list[tuple[Tensor, Tensor]], labels: Tensor, head: str) -> Callable[[], Any]:
+    """``step()``, on the next of the inputs: log-probs of the sequences and gradients, of which nothing is kept."""
+    turn = cycle([(x.detach().requires_grad_(), w.detach().requires_grad_(head != "frozen")) for x, w in sets])
+
+    def step() -> tuple[Tensor, tuple[Tensor, ...]]:
+        x, w = next(turn)
+        loss, sums = PROVIDERS[name](x, w, labels)
+        return sums.detach(), torch.autograd.grad(loss, [t for t in (x, w) if t.requires_grad])
+
+    return step
+
+
+def memory(shape: Shape, c: float, head: str, name: str) -> int:
+    """Extra memory of a step; the gradients are what it leaves."""
+    step = start(name, make_inputs(shape, DTYPE, 1), make_labels(shape, c), head)
+    step()
+    held = []
+    return extra_bytes(lambda: held.append(step()), lambda: sum(g.nbytes for g in held[0][1]))
+
+
+def errors(shape: Shape, name: str) -> dict:
+    """In bfloat16 against float64 of the same inputs; and whether a second run gives the same bits."""
+    sets, labels = make_inputs(shape, "bfloat16", 1), make_labels(shape, 1.0)
+    step = start(name, sets, labels, "trained")
+    (sums, grads), (again, grads_again) = step(), step()
     total, exact = exact_step(shape)
-    errors = [((g.double() - e).norm() / e.norm()).item() for g, e in zip(grads, exact, strict=True)]
+    found = [((g.double() - e).norm() / e.norm()).item() for g, e in zip(grads, exact, strict=True)]
     same = torch.equal(sums, again) and all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
     return {
-        "logps_rms_nat": f"{(sums.double() - total).square().mean().sqrt().item():.4f}",
-        "hidden_grad_error": f"{errors[0]:.5f}",
-        "weight_grad_error": f"{errors[1]:.5f}",
-        "bit_identical": same,
+        "logps_error": (sums.double() - total).square().mean().sqrt().item(),
+        "grad_error": found[0],
+        "weight_grad_error": found[1],
+        "same_bits": same,
     }
 
 
-@lru_cache
-def exact_step(shape) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+@lru_cache(1)
+def exact_step(shape: Shape) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Log-probs and gradients in float64 of the bfloat16 inputs; the same for every provider."""
-    hidden, weight, labels = inputs(shape, 1.0, torch.bfloat16)
+    hidden, weight = make_inputs(shape, "bfloat16", 1)[0]
     x, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    loss, sums = dpo(reference.linear_sequence_logps(x, w, labels).sum)
+    loss, sums = dpo(reference.linear_sequence_logps(x, w, make_labels(shape, 1.0)).sum)
     return sums.detach(), torch.autograd.grad(loss, [x, w])
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90] if str(error).strip() else ''}"
-
-
-def versions() -> str:
-    found = []
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"{package} missing")
-    return ", ".join(found)
-
-
-def write(rows: list[dict]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{file_name('linear')}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, "versions"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | {"versions": versions()} for row in rows)
-    (RESULTS / "linear.md").write_text(table(rows))
-    plot(rows)
-
-
-def table(rows: list[dict]) -> str:
-    """Medians and extra memory with a trained head, and the accuracy, as README shows them."""
-    timed = [r for r in rows if r["shape"] == next(iter(SHAPES)) and r["head"] == "trained"]
-    exact = {r["provider"]: r for r in rows if r["shape"] == "accuracy"}
-    active = sorted({r["c"] for r in timed})
-    first = timed[0]
-    sizes = f"N={first['N']}, T={first['T']}, D={first['D']}, V={first['V']}"
-    head = ["rms error, nat", *(f"c = {c}" for c in active)]
-    lines = [f"| {device_name()}; {sizes}; {first['dtype']} | {' | '.join(head)} |", "|---" + "|---:" * len(head) + "|"]
-    notes = []
-    for provider in PROVIDERS:
-        cells = sorted((r for r in timed if r["provider"] == provider), key=lambda r: r["c"])
-        if not any(r["p50_ms"] for r in cells):
-            notes.append(f"{provider}: {cells[0]['note']}." if cells else f"{provider}: not measured.")
-            continue
-        shown = [f"{r['p50_ms']} ms, {_mib(r['extra_bytes'])}" if r["p50_ms"] else "–" for r in cells]
-        lines.append(f"| {provider} | {exact[provider]['logps_rms_nat']} | {' | '.join(shown)} |")
-    return "\n".join([*lines, "", f"{versions()}; median of forward + backward, extra memory. " + " ".join(notes), ""])
-
-
-def _mib(size) -> str:
-    return "–" if size == "" else f"{max(0, int(size)) / 2**20:.0f} MiB"
-
-
-def plot(rows: list[dict]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    timed = [r for r in rows if r["shape"] == next(iter(SHAPES)) and r["head"] == "trained" and r["p50_ms"]]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for provider in PROVIDERS:
-        mine = sorted((r for r in timed if r["provider"] == provider), key=lambda r: r["c"])
-        if not mine:
-            continue
-        c = [r["c"] for r in mine]
-        axes[0].plot(c, [float(r["p50_ms"]) for r in mine], "o-", label=provider)
-        held = [(r["c"], int(r["extra_bytes"]) / 2**20) for r in mine if r["extra_bytes"] != ""]
-        axes[1].plot([x for x, _ in held], [y for _, y in held], "o-", label=provider)
-    for axis, unit in zip(axes, ("ms, forward + backward", "MiB beyond inputs and gradients"), strict=True):
-        axis.set(xlabel="active share c of the positions", ylabel=unit, ylim=(0, None))
-    axes[1].legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.6))
-    figure.suptitle(f"{device_name()}, {versions()}", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(RESULTS / f"{file_name('linear')}.png", dpi=120)

@@ -2,10 +2,6 @@
 
 ``provider(hidden, weight, labels)`` gives the reference-free DPO loss (β = 0.1) of ``[chosen; rejected]`` and, where it
 has them, the sequence log-probs. A provider that is not installed or cannot run here says so by raising.
-
-    python -m benchmarks.linear_providers '{"provider": ..., "shape": [8, 256, 1024, 32000], "c": 0.4}'
-
-prints the memory of one step in a process of its own.
 """
 
 # Peers are optional:
@@ -13,21 +9,18 @@ prints the memory of one step in a process of its own.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import DEVICE, GPU, extra_bytes
+from benchmarks.measure import GPU
 from napo_loss import linear_sequence_logps
 
 BETA = 0.1
-SMALLEST = 2**24
-"""The smallest budget that is measured: 16 MiB."""
+SMALLEST = 2**24  # bytes: the smallest budget that is measured
 
 
 def dpo(sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +42,11 @@ def eager(hidden, weight, labels):
     labels = labels[:, 1:]
     logps = logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None]).squeeze(-1)
     return dpo((logps * (labels != -100)).sum(-1))
+
+
+@lru_cache
+def compiled() -> Callable:
+    return torch.compile(eager, dynamic=False, fullgraph=True)
 
 
 def trl_fused_head(hidden, weight, labels):
@@ -92,53 +90,23 @@ def torch_linear_cross_entropy(hidden, weight, labels):
     return dpo(-losses.view(labels.shape).sum(-1))
 
 
+def quack(hidden, weight, labels):
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+
+    flat = hidden.flatten(0, 1), weight, None, shifted(labels).flatten()
+    return dpo(-linear_cross_entropy_func(*flat, reduction="none").view(labels.shape).sum(-1))
+
+
 PROVIDERS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "napo_loss": ours,
     "napo_loss, 16 MiB": partial(ours, budget=SMALLEST),
     "eager": eager,
+    "torch.compile": lambda *given: compiled()(*given),
     "TRL fused head": trl_fused_head,
     "Liger": partial(liger, compiled=False),
     "Liger, compiled": partial(liger, compiled=True),
     "CCE": partial(cut_cross_entropy, filter_eps="high"),
     "CCE, exact": partial(cut_cross_entropy, filter_eps=None),
     "torch linear_cross_entropy": torch_linear_cross_entropy,
+    "quack": quack,
 }
-
-
-def inputs(shape: tuple[int, int, int, int], c: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, a head whose logits have standard deviation 3, and labels with a contiguous prompt masked."""
-    N, T, D, V = shape
-    g = torch.Generator(DEVICE).manual_seed(0)
-    hidden = torch.randn(N, T, D, generator=g, device=DEVICE).to(dtype)
-    weight = (torch.randn(V, D, generator=g, device=DEVICE) * (3 / D**0.5)).to(dtype)
-    labels = torch.randint(0, V, (N, T), generator=g, device=DEVICE)
-    labels[:, : round((1 - c) * T)] = -100
-    return hidden, weight, labels
-
-
-def stepper(provider: str, shape, c: float, dtype: torch.dtype, trained: bool) -> tuple[Callable, Callable]:
-    """``step()`` (forward and backward) and ``left()``, the bytes of the gradients that a step leaves."""
-    hidden, weight, labels = inputs(shape, c, dtype)
-    leaves = [hidden.requires_grad_(), weight.requires_grad_(trained)]
-
-    def step():
-        for x in leaves:
-            x.grad = None
-        loss, sums = PROVIDERS[provider](hidden, weight, labels)
-        loss.backward()
-        return sums.detach(), [x.grad for x in leaves]
-
-    return step, lambda: sum(x.grad.nbytes for x in leaves if x.grad is not None)
-
-
-def memory(provider: str, shape, c: float, dtype: torch.dtype, trained: bool) -> int:
-    small, _ = stepper(provider, (2, 8, 16, 64), 1.0, dtype, trained)
-    small()  # what is loaded at first use is not the step's
-    step, left = stepper(provider, shape, c, dtype, trained)
-    return extra_bytes(step, left)
-
-
-if __name__ == "__main__":
-    job = json.loads(sys.argv[1])
-    job["dtype"] = getattr(torch, job["dtype"])
-    print(json.dumps({"extra_bytes": memory(**job)}))

@@ -1,191 +1,62 @@
-"""What the compiler makes of each kernel on each target, without a GPU: registers, spills, shared memory, widths.
+"""What can be known of the kernels without a GPU: registers, spills, access widths on every target, and bytes moved.
 
-    python -m benchmarks static
+    python -m benchmarks static [--check]
 
-Every launcher is called once with tensors whose launch is recorded instead of run; what it would have launched is
-then compiled ahead of time, so the table shows the very specialisations that a GPU would get.
+writes ``results/static.csv`` and ``results/traffic.csv``. With ``--check`` nothing is written; what was committed is
+the bound: a kernel that spills, loads or stores in narrower pieces, or moves more bytes, fails.
 """
 
 from __future__ import annotations
 
 import csv
-import os
-import re
+import json
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
-from itertools import product
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is decorated; interpreted kernels do not compile
-
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
-from napo_loss import formulas
-from napo_loss.types import MIN_LENGTH
+from benchmarks.compiled import Report, compile_all
+from benchmarks.traffic import Traffic
 
-TARGETS = {
-    **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)},
-    **{arch: GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942", "gfx950")},
-}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MOST = 1.1
+"""Bytes moved from logits to gradient, at most, over those that have to be: (2c + 1)·L."""
 
 
-class Report(NamedTuple):
-    kernel: str
-    case: str
-    target: str
-    registers: int
-    spills: int  # bytes of local memory (NVIDIA) or spilled registers (AMD)
-    shared: int  # bytes
-    load_bytes: int  # the widest load from global memory, per lane
-    store_bytes: int
+def run_static(*, check: bool) -> int:
+    """Prints the tables and writes them, or compares them with those committed; returns the exit status."""
+    found, moved = compile_all(), count_traffic()
+    for row in (Report._fields, *found):
+        print(("{:22} {:34} {:8}" + " {:>11}" * 5).format(*map(str, row)))
+    for row in moved:
+        print(f"{row.case:44} read {row.read:>10}  written {row.written:>10}  floor {row.floor:>10}  {row.ratio:.4f}")
+    committed = {tuple(line[:3]): line for line in _read("static.csv")}
+    moved_before = {line[0]: sum(map(int, line[1:3])) for line in _read("traffic.csv")}
+    bad = [f"{r.kernel} ({r.case}) on {r.target}: {fault}" for r in found if (fault := faults(r))]
+    bad += [f"{r.case}: moves {r.ratio:.3f} times its floor" for r in moved if too_much(r)]
+    if check:
+        worse, notes = compare_compiled(found, committed)
+        more, further = compare_traffic(moved, moved_before)
+        bad += worse + more
+        print(*notes, *further, sep="\n")
+    print(f"{len(found)} kernels compiled by triton {triton.__version__}", *bad, sep="\n")
+    if not check:
+        header = [*Report._fields, "triton"]
+        _write("static.csv", header, [[*r, triton.__version__] for r in found])
+        _write("traffic.csv", [*Traffic._fields, "ratio"], [[*r, f"{r.ratio:.4f}"] for r in moved])
+    return 1 if bad else 0
 
 
-class Launch(NamedTuple):
-    kernel: JITFunction
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-
-def cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Each launcher with the shapes that pick different code: aligned, odd and tiny vocabularies, strided rows."""
-    from napo_loss.kernels.linear_block import linear_block
-    from napo_loss.kernels.linear_rows import linear_rows
-    from napo_loss.kernels.logps_backward import logps_backward
-    from napo_loss.kernels.logps_forward import logps_forward
-    from napo_loss.kernels.logps_reduce import logps_reduce
-    from napo_loss.kernels.objective import Constants, objective
-
-    labels = torch.zeros(1, 2, dtype=torch.int64)
-    weights = torch.ones(1, 2)
-    lse, grad_sum = torch.zeros(1, 2), torch.zeros(1)
-
-    # Every integer is 1 here, which Triton turns into a constant.
-    one = torch.empty(1, 1, 1)
-    yield "all ones", lambda: logps_forward(one, labels[:, :1], 1, -100)
-    yield "all ones", lambda: logps_reduce((one[0], one[0], one[0, 0]), labels[:, :1].contiguous(), None, 1, -100)
-    yield "all ones", lambda: logps_backward(grad_sum, one, labels[:, :1], None, lse[:, :1], one, 1, -100)
-    for name, dtype in DTYPES.items():
-        for V in (1, 50257, 128256):
-            logits = torch.empty(1, 2, V, dtype=dtype)
-            yield f"{name} V={V}", lambda x=logits: logps_forward(x, labels, 1, -100)
-            yield f"{name} V={V}", lambda x=logits: logps_backward(grad_sum, x, labels, None, lse, x, 1, -100)
-        strided = torch.empty(1, 32000, 2, dtype=dtype).transpose(1, 2)
-        yield f"{name} strided", lambda x=strided: logps_forward(x, labels, 1, -100)
-        yield (
-            f"{name} strided, weights",
-            lambda x=strided: logps_backward(grad_sum, x, labels, weights, lse, torch.empty(x.shape), 1, -100),
-        )
-    partials = (torch.empty(3, 2), torch.empty(3, 2), torch.empty(2))
-    for given in (None, weights):
-        case = "weights" if given is not None else "no weights"
-        yield case, lambda w=given: logps_reduce(partials, labels, w, 1, -100)
-
-    for name, dtype in DTYPES.items():
-        for V in (1, 50257, 128256):
-            raw = torch.empty(2, V)  # as torch.mm leaves it
-            out = raw if dtype == torch.float32 else torch.empty(2, V + -V % 16, dtype=dtype)[:, :V]
-            bias = torch.empty(V, dtype=dtype)
-            for softcap, given in ((0.0, None), (30.0, bias)):
-                case = "softcap, bias, " * (softcap > 0) + f"{name} V={V}"
-                head = (raw, given, 1.0, softcap)
-                yield case, lambda h=head, d=out: linear_rows(*h, labels[0], d)
-                yield case, lambda h=head, d=out: linear_block(*h, 0, labels[0], (lse[0], lse[0]), d)
-        yield f"{name} log-probs only", lambda r=raw: linear_rows(r, None, 1.0, 0.0, labels[0], None)
-
-    constants = Constants(*formulas.Q_BOUNDS, formulas.MIN_Q, formulas.WEIGHT_FLOOR, MIN_LENGTH)
-    for K, B in ((1, 1), (3, 64)):
-        row, rows = torch.zeros(B), torch.zeros(K, B)
-        for average, dynamic in ((False, False), (True, True)):
-            switches = {"AVERAGE": average, "DYNAMIC": dynamic, "COMPUTE_LOSS": True}
-            yield (
-                f"K={K} B={B}" + " average dynamic" * average,
-                lambda row=row, rows=rows, switches=switches, K=K: objective(
-                    (row, rows) * 3, torch.zeros(4, K), None, None, (0.1, 0.0, 0.0), constants, switches=switches
-                ),
-            )
-
-
-def record(call: Callable[[], object]) -> list[Launch]:
-    """What ``call`` launches, without launching it."""
-    launches: list[Launch] = []
-
-    def run(self, *args, grid, warmup, **kwargs):
-        names = self.arg_names
-        arguments = dict(zip(names, args, strict=False))
-        arguments |= {name: kwargs.pop(name) for name in names if name in kwargs}
-        launches.append(Launch(self, arguments, kwargs))
-
-    original = JITFunction.run
-    JITFunction.run = run
-    try:
-        call()
-    finally:
-        JITFunction.run = original
-    return launches
-
-
-def compile_launch(launch: Launch, target: GPUTarget):
-    """Compiles with the specialisations of a real launch: constants, integers equal to 1, multiples of 16."""
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(launch.kernel.arg_names):
-        value = launch.arguments[name]
-        if launch.kernel.params[i].is_constexpr or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + {torch.int64: "i64", **{v: k for k, v in DTYPES.items()}}[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=launch.options)
-
-
-def inspect(compiled, target: GPUTarget) -> tuple[int, int, int, int, int]:
-    """``registers, spills, shared, load_bytes, store_bytes`` of a compiled kernel."""
-    shared = compiled.metadata.shared
-    if target.backend == "cuda":
-        usage = _resource_usage(compiled.asm["cubin"])
-        registers, spills = int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
-        widths = {kind: _ptx_width(compiled.asm["ptx"], kind) for kind in ("ld", "st")}
-        return registers, spills, shared, widths["ld"], widths["st"]
-    text = compiled.asm["amdgcn"]
-    registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
-    spills = sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)))
-    return registers, spills, shared, _amd_width(text, "load"), _amd_width(text, "store")
-
-
-def _resource_usage(cubin: bytes) -> dict[str, str]:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        text = subprocess.run([tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True).stdout
-    return dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-
-
-def _ptx_width(ptx: str, kind: str) -> int:
-    found = re.findall(rf"\b{kind}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
-    return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
-
-
-def _amd_width(text: str, kind: str) -> int:
-    sizes = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2, "byte": 1}
-    found = re.findall(rf"(?:global|buffer)_{kind}_(\w+)", text)
-    return max((size for name in found for key, size in sizes.items() if name.startswith(key)), default=0)
-
-
-RESULTS = Path(__file__).parent / "results" / "static.csv"
+def count_traffic() -> list[Traffic]:
+    """In a process of its own, where kernels are interpreted instead of compiled."""
+    command = [sys.executable, "-m", "benchmarks.traffic"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"counting failed: {done.stderr[-2000:]}")
+    return [Traffic(*row) for row in json.loads(done.stdout.splitlines()[-1])]
 
 
 def faults(report: Report) -> str | None:
@@ -202,23 +73,56 @@ def faults(report: Report) -> str | None:
     return None
 
 
-def run_static(*, check: bool) -> int:
-    """Prints the table and writes the CSV, or only checks; returns the exit status."""
-    from tqdm import tqdm
+def too_much(traffic: Traffic) -> bool:
+    return traffic.case.startswith("from logits") and traffic.ratio > MOST
 
-    calls = [launch for case, call in cases() for launch in ((case, one) for one in record(call))]
-    found = []
-    for (case, launch), target in tqdm(list(product(calls, TARGETS)), unit="kernel", disable=None):
-        compiled = compile_launch(launch, TARGETS[target])
-        found.append(Report(launch.kernel.__name__, case, target, *inspect(compiled, TARGETS[target])))
-    for row in (Report._fields, *found):
-        print(("{:22} {:34} {:8}" + " {:>11}" * 5).format(*map(str, row)))
-    bad = [f"{r.kernel} ({r.case}) on {r.target}: {fault}" for r in found if (fault := faults(r))]
-    print(f"{len(found)} kernels compiled by triton {triton.__version__}", *bad, sep="\n")
-    if not check:
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([*Report._fields, "triton"])
-            writer.writerows([*r, triton.__version__] for r in found)
-    return 1 if bad else 0
+
+def compare_compiled(found: Sequence[Report], committed: dict[tuple, list[str]]) -> tuple[list[str], list[str]]:
+    """What got worse, which fails, and what merely moved: registers drift with every version of the compiler."""
+    worse, notes, drifted = [], [], 0
+    for r in found:
+        before = committed.get((r.kernel, r.case, r.target))
+        where = f"{r.kernel} ({r.case}) on {r.target}"
+        if before is None:
+            notes.append(f"{where}: new; run `python -m benchmarks static`")
+            continue
+        then = Report(before[0], before[1], before[2], *(int(x) for x in before[3:8]))
+        worse += [
+            f"{where}: {name} {getattr(then, name)} -> {getattr(r, name)} bytes a lane"
+            for name in ("load_bytes", "store_bytes")
+            if getattr(r, name) < getattr(then, name)
+        ]
+        if r.spills > then.spills:
+            worse.append(f"{where}: spills {then.spills} -> {r.spills}")
+        drifted += (r.registers, r.shared) != (then.registers, then.shared)
+    if drifted:
+        notes.append(f"{drifted} of {len(found)}: other registers or shared memory than committed, which is no fault")
+    return worse, notes
+
+
+def compare_traffic(found: Sequence[Traffic], committed: dict[str, int]) -> tuple[list[str], list[str]]:
+    worse, notes = [], []
+    for r in found:
+        before = committed.get(r.case)
+        if before is None:
+            notes.append(f"{r.case}: new; run `python -m benchmarks static`")
+        elif r.read + r.written > before:
+            worse.append(f"{r.case}: moves {before} -> {r.read + r.written} bytes")
+    return worse, notes
+
+
+def _read(name: str) -> list[list[str]]:
+    """The lines of a committed table, without its header."""
+    path = RESULTS / name
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.reader(file))[1:]
+
+
+def _write(name: str, header: Sequence[str], rows: Sequence[Sequence]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / name).open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)

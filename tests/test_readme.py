@@ -48,12 +48,18 @@ def test_every_module_is_listed():
         assert path.stem in README, f"{path} has no line in README"
 
 
-@pytest.mark.parametrize(
-    "path", ["examples/results/demo.md", "benchmarks/results/logits.md", "benchmarks/results/linear.md"]
-)
+PASTED = sorted(set(re.findall(r"<!-- (\S+\.md) -->", README)))  # by `python -m benchmarks`
+
+
+@pytest.mark.parametrize("path", ["examples/results/demo.md", *PASTED])
 def test_tables_are_those_of_the_files(path):
     table = (ROOT / path).read_text().strip()
-    assert table in README, f"README's table differs from {path}.md: paste it again"
+    assert table in README, f"README's table differs from {path}: paste it again"
+
+
+def test_every_table_of_the_cpu_is_shown():
+    tables = ROOT.glob("benchmarks/results/x86_64-CPU-*.md")
+    assert sorted(path.relative_to(ROOT).as_posix() for path in tables) == PASTED
 
 
 def test_the_table_on_scale_is_what_its_script_prints():
