@@ -148,6 +148,8 @@ def check_writable(logits: Tensor) -> None:
 def check_labels(labels: Tensor, logits: Tensor, name: str = "logits") -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if is_dtensor(labels):
+        raise TypeError("labels must be a plain tensor, of the sequences of this rank, got a DTensor")
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
     expected = logits.shape[:-1]

@@ -79,7 +79,7 @@ def local_logits(logits: Any) -> tuple[Tensor, Columns | None]:
     if isinstance(logits, VocabShard):
         local, size = _check_shard("logits", logits), logits.local.shape[-1]  # pyright: ignore
         count, columns = _columns(logits, size)
-        local = local[..., :count]
+        local = _first(local, -1, count)
     elif is_dtensor(logits):
         local, columns = _from_dtensor("logits", logits, logits.dim() - 1)
     else:
@@ -97,12 +97,14 @@ def local_head(
         count, columns = _columns(weight, len(_check_shard("weight", weight)))
         head = weight.local
         if isinstance(head, LowRank):
-            head = head._replace(weight=head.weight[:count], B=head.B[:count])
+            head = head._replace(weight=_first(head.weight, 0, count), B=_first(head.B, 0, count))
         else:
-            head = head[:count]
-        return hidden, head, None if bias is None else bias[:count], columns
+            head = _first(head, 0, count)
+        return hidden, head, None if bias is None else _first(bias, 0, count), columns
     whole = weight.weight if isinstance(weight, LowRank) else weight
     if not is_dtensor(whole):
+        if is_dtensor(hidden):
+            raise TypeError("hidden is a DTensor and weight is not: give both on one mesh, or hidden.to_local()")
         return hidden, weight, bias, None
     if not is_dtensor(hidden):
         # A head that FSDP2 split looks the same, but there each rank has positions of its own.
@@ -137,6 +139,11 @@ def _columns(shard: VocabShard, size: int) -> tuple[int, Columns | None]:
     V = ranks * size if shard.V is None else shard.V
     count = max(0, min(size, V - start))
     return count, None if group is None else Columns(start, count, V, -(-V // ranks), group.group_name)
+
+
+def _first(x: Tensor, dim: int, count: int) -> Tensor:
+    """``x`` without padding; as it is where it has none, since backward of a slice copies the gradient."""
+    return x if x.shape[dim] <= count else x.narrow(dim, 0, count)
 
 
 def _from_dtensor(name: str, x: Any, dim: int) -> tuple[Tensor, Columns | None]:

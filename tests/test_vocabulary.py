@@ -6,7 +6,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import Wire, examples
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.library import opcheck
 
 from docs import scale
@@ -330,8 +330,13 @@ def check_wrong_shards(group):
     hidden = distribute_tensor(torch.zeros(1, 3, 2), mesh, [Replicate()])
     with pytest.raises(TypeError, match="bias must be a DTensor placed like weight"):
         linear_sequence_logps(hidden, weight, labels, bias=torch.zeros(8))
-    partial = DTensor.from_local(torch.zeros(1, 3, 2), mesh, [Replicate()]).redistribute(placements=[Replicate()])
-    assert linear_sequence_logps(partial, weight, labels).sum.shape == (1,)
+    with pytest.raises(TypeError, match="hidden is a DTensor and weight is not"):
+        linear_sequence_logps(hidden, torch.zeros(8, 2), labels)
+    with pytest.raises(TypeError, match="labels must be a plain tensor"):
+        linear_sequence_logps(hidden, weight, distribute_tensor(labels, mesh, [Replicate()]))
+    partial = DTensor.from_local(torch.zeros(1, 3, 2), mesh, [Partial()], run_check=False)
+    with pytest.raises(TypeError, match="hidden must not be partial sums"):
+        linear_sequence_logps(partial, DTensor.from_local(weight.to_local(), mesh, [Replicate()]), labels)
 
 
 def test_wrong_shards_are_an_error_or_a_nan(ranks):
@@ -370,3 +375,6 @@ def test_a_group_of_none_is_this_process_alone():
     weight, hidden = torch.randn(7, 2), torch.randn(1, 3, 2)
     padded = linear_sequence_logps(hidden, VocabShard(weight, None, V=5), labels)
     torch.testing.assert_close(padded, linear_sequence_logps(hidden, weight[:5], labels))
+    # Without padding the very tensor: backward of a slice would copy its gradient.
+    assert vocabulary.local_logits(VocabShard(x, None))[0] is x
+    assert vocabulary.local_head(hidden, VocabShard(weight, None), None)[1] is weight
