@@ -4,10 +4,12 @@ Gradients are compared as they are, before the optimiser's step: Adam would make
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from sysconfig import get_path
 
 import pytest
 import torch
@@ -39,7 +41,8 @@ def launch(folder, ranks, flags, *hows, timeout=200):
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
         "HF_HOME": str(folder / "home"),  # where accelerate would find the settings of whoever runs this
-        "DS_ACCELERATOR": "cpu",
+        # DeepSpeed compiles an extension at its first use, with the ninja of this environment.
+        "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     return subprocess.run(
         [*command, ROOT / "tests/launched.py", folder, *hows], cwd=ROOT, env=environment, capture_output=True,
@@ -135,7 +138,10 @@ def test_ranks_train_as_one_process(ranks, flags, hows, folder, expected):
         assert all(torch.equal(saved[name], weight) for name, weight in results["kept"]["weights"].items())
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install deepspeed, and a C++ compiler")
+@pytest.mark.skipif(
+    not (find_spec("deepspeed") and shutil.which("g++") and Path(get_path("include"), "Python.h").exists()),
+    reason="needs DeepSpeed, and g++ with Python's headers for what it compiles",
+)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_trains_as_one_process(stage, folder, expected):
     done = launch(folder, 2, ["--use_deepspeed", f"--zero_stage={stage}"], f"zero{stage}", timeout=280)
