@@ -205,5 +205,9 @@ def _logit_bytes(X: Tensor) -> int:
     return accumulation_dtype(X).itemsize + X.element_size() * (X.dtype in HALF)
 
 
+def scratch_bytes(device: torch.device) -> int:
+    return SCRATCH["cpu" if device.type == "cpu" else "gpu"]
+
+
 def _scratch(hidden: Tensor, budget: int) -> int:
-    return min(budget, SCRATCH["cpu" if hidden.device.type == "cpu" else "gpu"])
+    return min(budget, scratch_bytes(hidden.device))

@@ -54,7 +54,7 @@ def linear_sequence_logps(
         weight: ``[V, D]`` in hidden's dtype (under autocast both are cast), or a :class:`napo_loss.LowRank`: a head
             with LoRA factors, whose gradients are formed without a full ``dweight``. A tensor that requires no
             gradient costs nothing in backward. Where the vocabulary is split over ranks: a DTensor with ``Shard(0)``
-            beside a DTensor ``hidden`` (replicated, or split over positions: it is gathered), or a
+            beside a DTensor ``hidden`` (replicated, or split along the same dimension: it is gathered), or a
             :class:`napo_loss.VocabShard` of this rank's rows, with the same ``hidden`` on every rank. Then three floats
             per active position are exchanged forward, the gradient of ``hidden`` is one sum over ranks, in float32 and
             of active positions, and that of the head stays where its rows are.
@@ -69,7 +69,8 @@ def linear_sequence_logps(
             :func:`napo_loss.sequence_logps`.
         logits_budget: bytes of logits-sized memory that may exist at a time, the D kept for backward included.
             Default: a quarter of the GPU's free memory, an eighth of the free memory of a CPU. Smaller: more chunks,
-            and D recomputed, one more product. The same on every rank of a split vocabulary.
+            and D recomputed, one more product. Of a split vocabulary: the same on every rank, for shards of about
+            equal size; the default is no less than what is worked on at a time.
         backend: as in :func:`napo_loss.sequence_logps`.
 
     Returns:

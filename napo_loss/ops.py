@@ -1,6 +1,6 @@
 """Custom operators: where an implementation is chosen, and what autograd and ``torch.compile`` know of it.
 
-The only file that reaches the kernels, and only when one is launched.
+This file and the other ``ops_*`` are the only ones that reach the kernels, and only when one is launched.
 """
 
 from __future__ import annotations

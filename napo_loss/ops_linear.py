@@ -54,7 +54,7 @@ def _budget(given: int, device: torch.device, *, shared: bool) -> int:
             found = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
         except (ValueError, OSError, AttributeError):  # not every system says
             found = 2**30
-    return max(found, max(factored.SCRATCH.values())) if shared else found
+    return max(found, factored.scratch_bytes(device)) if shared else found
 
 
 @torch.library.custom_op("napo_loss::linear_logps", mutates_args=())

@@ -69,11 +69,11 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, process_group) -> Tensor:
         ctx.group = process_group
-        return all_reduce(x.clone(), process_group)
+        return all_reduce(x.clone(memory_format=torch.contiguous_format), process_group)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
+        return _AllReduce.apply(grad, ctx.group), None
 
 
 def all_reduce(x: Tensor, process_group, *, largest: bool = False) -> Tensor:

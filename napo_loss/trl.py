@@ -148,12 +148,12 @@ class NaPOTrainer(DPOTrainer):
         completion_mask = inputs["completion_mask"]
         model_inputs = {key: x for key, x in inputs.items() if key != "completion_mask"} | {"use_cache": False}
         labels = model_inputs["input_ids"].masked_fill(completion_mask == 0, -100)
+        if reference is None:  # before the policy's pass, whose graph may hold weights that another pass would shard
+            reference_model = self.model if self.ref_model is None else self.ref_model
+            reference = torch.cat(self.compute_ref_log_probs(reference_model, inputs))
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         with gathered_head(model):
             outputs = model(**model_inputs, **router, labels=labels, fused_lm_head=True)
-        if reference is None:
-            reference_model = self.model if self.ref_model is None else self.ref_model
-            reference = torch.cat(self.compute_ref_log_probs(reference_model, inputs))
 
         mask = completion_mask[:, 1:]
         K = len(self.negatives)

@@ -103,15 +103,15 @@ class VocabShard(NamedTuple):
     """The columns of a vocabulary that this rank of a process group holds, where tensor parallelism splits it.
 
     Stands in for ``logits`` or ``weight``; positions and labels are the same on every rank of the group, and so is what
-    comes out. Uneven shards say where they start; a vocabulary padded to equal shards says how long it is without.
+    comes out.
 
     Attributes:
         local: logits ``[N, T, V_local]``, or an lm_head ``[V_local, D]``, or a :class:`LowRank` of one (with all of A
             and the local rows of B). ``V_local`` may be 0.
         process_group: the ranks that hold the rest; ``None``: this rank holds all.
-        start: first column here, given with ``V``. Default: ``rank·V_local``, all shards being equal.
-        V: size of the vocabulary; columns from V on are padding and do not count. Default: ``ranks·V_local``. Shards
-            that do not add up to V give NaN.
+        V: size of the vocabulary. Columns from V on are padding: they do not count, and cost the rank that has them a
+            copy of the gradient. Shards that do not hold every column once give NaN.
+        start: first column here. Default: ``rank·V_local``, all shards being equal, with their padding.
 
     Example:
         >>> import torch
@@ -124,8 +124,8 @@ class VocabShard(NamedTuple):
 
     local: Tensor | LowRank
     process_group: ProcessGroup | None
+    V: int
     start: int | None = None
-    V: int | None = None
 
 
 class PreferenceLoss(NamedTuple):

@@ -20,6 +20,9 @@ from napo_loss.factored import Head, Steps
 from napo_loss.parallel import all_reduce
 from napo_loss.types import LowRank, VocabShard
 
+PRIME = 16381
+"""The squares of shards' bounds are added up modulo this: sums over 1024 ranks are whole numbers in float32."""
+
 
 class Columns(NamedTuple):
     """The columns of the vocabulary on this rank, in numbers and a name that an operator's schema can hold."""
@@ -35,6 +38,11 @@ class Columns(NamedTuple):
         return cls(numbers[0], numbers[1], numbers[2], numbers[3], group)
 
     @property
+    def checks(self) -> list[float]:
+        """Of intervals that are a partition of the vocabulary these add up to V and, modulo the prime, to V²."""
+        return [self.count, self.count * (2 * self.start + self.count) % PRIME]
+
+    @property
     def process_group(self):
         return torch.distributed.distributed_c10d._resolve_process_group(self.group)  # pyright: ignore
 
@@ -42,14 +50,16 @@ class Columns(NamedTuple):
 def merge(logp: Tensor, lse: Tensor, inside: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
     """``logp [A]`` and ``lse [A]`` of the whole vocabulary, from those of this rank's columns.
 
-    ``inside``: whether the label is one of them. Columns that together are not the whole vocabulary give NaN.
+    ``inside``: whether the label is one of them. Columns that together are not the vocabulary, each once, give NaN.
     """
     A, group = len(lse), columns.process_group
     peak = all_reduce(lse.clone(), group, largest=True)
     here = lse - peak
-    sums = torch.cat([here.exp(), (logp + here).where(inside, 0), lse.new_full((1,), columns.count)])
-    total, hit, count = all_reduce(sums, group).split([A, A, 1])
-    return (hit - total.log()).where(count == columns.V, torch.nan), peak + total.log()
+    hit = (logp + here).where(lse > -torch.inf, -torch.inf)  # of columns that are all -inf, logp is NaN
+    sums = torch.cat([here.exp(), hit.where(inside, 0), lse.new_tensor(columns.checks)])
+    total, hit, (count, squares) = all_reduce(sums, group).split([A, A, 2])
+    whole = (count == columns.V) & (squares % PRIME == columns.V**2 % PRIME)
+    return (hit - total.log()).where(whole, torch.nan), peak + total.log()
 
 
 def sharded(steps: Steps, columns: Columns) -> Steps:
@@ -77,8 +87,8 @@ def sharded(steps: Steps, columns: Columns) -> Steps:
 def local_logits(logits: Any) -> tuple[Tensor, Columns | None]:
     """The columns of the logits that are here; None where that is all of them."""
     if isinstance(logits, VocabShard):
-        local, size = _check_shard("logits", logits), logits.local.shape[-1]  # pyright: ignore
-        count, columns = _columns(logits, size)
+        local = _check_shard("logits", logits)
+        count, columns = _columns(logits, local.shape[-1])
         local = _first(local, -1, count)
     elif is_dtensor(logits):
         local, columns = _from_dtensor("logits", logits, logits.dim() - 1)
@@ -94,8 +104,11 @@ def local_head(
 ) -> tuple[Tensor, Tensor | LowRank, Tensor | None, Columns | None]:
     """Hidden states, which every rank holds whole, and the rows of the lm_head and its bias that are here."""
     if isinstance(weight, VocabShard):
-        count, columns = _columns(weight, len(_check_shard("weight", weight)))
-        head = weight.local
+        rows, head = len(_check_shard("weight", weight)), weight.local
+        count, columns = _columns(weight, rows)
+        for name, x in (("bias", bias), ("B", head.B if isinstance(head, LowRank) else None)):
+            if x is not None and len(x) != rows:
+                raise ValueError(f"{name} must have the {rows} rows of weight.local, those of this rank, got {len(x)}")
         if isinstance(head, LowRank):
             head = head._replace(weight=_first(head.weight, 0, count), B=_first(head.B, 0, count))
         else:
@@ -124,26 +137,25 @@ def _check_shard(name: str, shard: VocabShard) -> Tensor:
     if not isinstance(local, Tensor) or local.dim() < 2:
         given = f"shape {list(local.shape)}" if isinstance(local, Tensor) else type(local).__name__
         raise TypeError(f"{name}.local must be the columns of the vocabulary that this rank holds, got {given}")
-    if shard.start is not None and (shard.V is None or not shard.start >= 0):
-        raise ValueError(f"{name}.start must be >= 0 and given with {name}.V, got {shard.start} and {shard.V}")
-    if shard.V is not None and shard.V < 1:
-        raise ValueError(f"{name}.V must be >= 1, got {shard.V}")
+    if not (isinstance(shard.V, int) and shard.V >= 1):
+        raise ValueError(f"{name}.V must be the size of the whole vocabulary, got {shard.V!r}")
+    if shard.start is not None and shard.start < 0:
+        raise ValueError(f"{name}.start must be >= 0, got {shard.start}")
     return local
 
 
 def _columns(shard: VocabShard, size: int) -> tuple[int, Columns | None]:
     """How many of the ``size`` local columns are no padding, and which they are."""
-    group = shard.process_group
+    group, V = shard.process_group, shard.V
     rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
     start = rank * size if shard.start is None else shard.start
-    V = ranks * size if shard.V is None else shard.V
     count = max(0, min(size, V - start))
     return count, None if group is None else Columns(start, count, V, -(-V // ranks), group.group_name)
 
 
 def _first(x: Tensor, dim: int, count: int) -> Tensor:
     """``x`` without padding; as it is where it has none, since backward of a slice copies the gradient."""
-    return x if x.shape[dim] <= count else x.narrow(dim, 0, count)
+    return x if x.shape[dim] == count else x.narrow(dim, 0, count)
 
 
 def _from_dtensor(name: str, x: Any, dim: int) -> tuple[Tensor, Columns | None]:
@@ -174,10 +186,14 @@ def _replicated(name: str, x: Any, like: Any) -> Tensor:
 
     if x.device_mesh != like.device_mesh:
         raise TypeError(f"{name} must be on weight's mesh {like.device_mesh}, got {x.device_mesh}")
-    placements = [Replicate() if p.is_shard() else mine for p, mine in zip(like.placements, x.placements, strict=True)]
-    if any(p.is_partial() for p in placements):
-        raise TypeError(f"{name} must not be partial sums, got placements {x.placements}: redistribute it first")
-    return x.redistribute(placements=placements).to_local(grad_placements=placements)
+    # Where the weight is replicated, a part of the batch would give each rank a part of its gradient.
+    if not all(mine.is_replicate() or p.is_shard() for mine, p in zip(x.placements, like.placements, strict=True)):
+        raise TypeError(
+            f"{name} must be replicated wherever weight is, {like.placements}, got {x.placements}; data parallelism is "
+            "DDP's or FSDP2's"
+        )
+    whole = [Replicate()] * like.device_mesh.ndim
+    return x.redistribute(placements=whole).to_local(grad_placements=whole)
 
 
 def as_replicated(x: Tensor, like: Any) -> Tensor:

@@ -1,5 +1,7 @@
 """A vocabulary split over ranks gives what the whole one gives, and exchanges no more than it says."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from napo_loss import (
     VocabShard,
     factored,
     linear_sequence_logps,
+    ops_linear,
     ops_sharded,
     reference,
     sequence_logps,
@@ -224,6 +227,10 @@ def check_two_dimensions(group):
     hidden = distribute_tensor(torch.zeros(2, 5, 4), mesh, [Replicate(), Replicate()])
     with pytest.raises(TypeError, match=r"weight must have placement Shard\(dim=0\).*redistribute"):
         linear_sequence_logps(hidden, weight, labels[:2])
+    weight = distribute_tensor(torch.zeros(8, 4), mesh, [Replicate(), Shard(0)])
+    hidden = distribute_tensor(torch.zeros(4, 5, 4), mesh, [Shard(0), Replicate()])
+    with pytest.raises(TypeError, match="hidden must be replicated wherever weight is"):
+        linear_sequence_logps(hidden, weight, labels[:2])
     split = distribute_tensor(logits, mesh, [Replicate(), Shard(1)])
     with pytest.raises(TypeError, match=r"logits must have placement Shard\(dim=2\).*or Shard\(dim=0\) on others"):
         sequence_logps(split, labels)
@@ -285,9 +292,9 @@ def check_labels_that_look_masked(group):
     )
     weight = torch.randn(V, 3, generator=torch.Generator().manual_seed(1))
     for backend in BACKENDS:
-        local = VocabShard(logits[..., start : start + 300], group)
+        local = VocabShard(logits[..., start : start + 300], group, V)
         torch.testing.assert_close(sequence_logps(local, labels, backend=backend), sequence_logps(logits, labels))
-        local, hidden = VocabShard(weight[start : start + 300], group), torch.ones(1, 5, 3)
+        local, hidden = VocabShard(weight[start : start + 300], group, V), torch.ones(1, 5, 3)
         expected = linear_sequence_logps(hidden, weight, labels)
         torch.testing.assert_close(linear_sequence_logps(hidden, local, labels, backend=backend), expected)
 
@@ -298,49 +305,92 @@ def test_labels_that_look_masked_from_another_shard(ranks):
 
 def check_wrong_shards(group):
     labels = torch.tensor([[-100, 3, 1]])
-    rank = group.rank()
-    # Shards of 4 and 3 columns, given as if they were equal: no value without a gap or an overlap.
+    rank, mesh = group.rank(), dist.device_mesh.DeviceMesh.from_group(group, "cpu")
+    # Shards of 4 and 3 columns: wherever else they are said to start there is a gap or an overlap.
     uneven = VocabShard(torch.randn(1, 3, 4 - rank), group, V=7, start=4 * rank)
     assert torch.isfinite(sequence_logps(uneven, labels).sum).all()
-    assert torch.isnan(sequence_logps(uneven._replace(start=None, V=None), labels).sum).all()
-    weight = VocabShard(torch.randn(4 - rank, 2), group)
-    assert torch.isnan(linear_sequence_logps(torch.randn(1, 3, 2), weight, labels).sum).all()
-    with pytest.raises(ValueError, match=r"labels must be in \[0, 7\)"):
-        sequence_logps(uneven, labels + 4)
+    for wrong in ({"start": None}, {"start": 0}, {"start": 3 * rank}, {"V": 8}):
+        assert torch.isnan(sequence_logps(uneven._replace(**wrong), labels).sum).all(), wrong
+    # In several chunks, too: all ranks form the same ones.
+    many, few = torch.randint(0, 7, (2, 40)), VocabShard(torch.randn(4 - rank, 2), group, V=7)
+    assert torch.isnan(linear_sequence_logps(torch.randn(2, 40, 2), few, many, logits_budget=160).sum).all()
+    for call in (
+        partial(sequence_logps, uneven),
+        partial(linear_sequence_logps, torch.randn(1, 3, 2), VocabShard(torch.randn(4, 2), group, V=7)),
+    ):
+        with pytest.raises(ValueError, match=r"labels must be in \[0, 7\)"):
+            call(labels + 4)
     outside = labels + torch.tensor([[0, 4, 0]])  # what a GPU does with a label outside: NaN
     assert torch.isnan(sequence_logps(uneven, outside, backend="triton").sum).all()
-    weight = VocabShard(torch.randn(4 - rank, 2), group, V=7, start=4 * rank)
-    assert torch.isnan(linear_sequence_logps(torch.randn(1, 3, 2), weight, outside, backend="triton").sum).all()
-    with pytest.raises(ValueError, match=r"labels must be in \[0, 7\)"):
-        linear_sequence_logps(torch.randn(1, 3, 2), VocabShard(torch.randn(4, 2), group, V=7), labels + 4)
+    rows = VocabShard(torch.randn(4 - rank, 2), group, V=7, start=4 * rank)
+    assert torch.isnan(linear_sequence_logps(torch.randn(1, 3, 2), rows, outside, backend="triton").sum).all()
     for wrong, message in (
-        (uneven._replace(start=0, V=None), r"logits\.start must be >= 0 and given with logits\.V, got 0 and None"),
-        (uneven._replace(start=-1), "got -1 and 7"),
-        (uneven._replace(start=None, V=0), r"logits\.V must be >= 1, got 0"),
-        (uneven._replace(process_group=-100), r"logits\.process_group is a process group that this process .* is not"),
+        ({"start": -1}, r"logits\.start must be >= 0, got -1"),
+        ({"V": 0}, r"logits\.V must be the size of the whole vocabulary, got 0"),
+        ({"V": None}, r"logits\.V must be the size of the whole vocabulary, got None"),
+        ({"process_group": -100}, r"logits\.process_group is a process group that this process .* is not"),
     ):
         with pytest.raises(ValueError, match=message):
-            sequence_logps(wrong, labels)
+            sequence_logps(uneven._replace(**wrong), labels)
+    hidden = torch.zeros(1, 3, 2)
     with pytest.raises(TypeError, match=r"weight\.local must be the columns .* got list"):
-        linear_sequence_logps(torch.zeros(1, 3, 2), VocabShard([1.0], group), labels)
-    mesh = dist.device_mesh.DeviceMesh.from_group(group, "cpu")
-    weight = distribute_tensor(torch.zeros(8, 2), mesh, [Shard(0)])
+        linear_sequence_logps(hidden, VocabShard([1.0], group, V=7), labels)
+    with pytest.raises(ValueError, match=rf"bias must have the {4 - rank} rows of weight\.local.* got 7"):
+        linear_sequence_logps(hidden, rows, labels, bias=torch.zeros(7))
+    low_rank = LowRank(rows.local, torch.zeros(1, 2), torch.zeros(7, 1))
+    with pytest.raises(ValueError, match=rf"B must have the {4 - rank} rows of weight\.local.* got 7"):
+        linear_sequence_logps(hidden, rows._replace(local=low_rank), labels)
+
+    split, whole = (distribute_tensor(torch.zeros(8, 2), mesh, [place]) for place in (Shard(0), Replicate()))
     with pytest.raises(TypeError, match=r"weight is a DTensor and hidden is not.*fused_head"):
-        linear_sequence_logps(torch.zeros(1, 3, 2), weight, labels)
-    hidden = distribute_tensor(torch.zeros(1, 3, 2), mesh, [Replicate()])
+        linear_sequence_logps(hidden, split, labels)
+    replicated = distribute_tensor(hidden, mesh, [Replicate()])
     with pytest.raises(TypeError, match="bias must be a DTensor placed like weight"):
-        linear_sequence_logps(hidden, weight, labels, bias=torch.zeros(8))
+        linear_sequence_logps(replicated, split, labels, bias=torch.zeros(8))
     with pytest.raises(TypeError, match="hidden is a DTensor and weight is not"):
-        linear_sequence_logps(hidden, torch.zeros(8, 2), labels)
+        linear_sequence_logps(replicated, torch.zeros(8, 2), labels)
     with pytest.raises(TypeError, match="labels must be a plain tensor"):
-        linear_sequence_logps(hidden, weight, distribute_tensor(labels, mesh, [Replicate()]))
-    partial = DTensor.from_local(torch.zeros(1, 3, 2), mesh, [Partial()], run_check=False)
-    with pytest.raises(TypeError, match="hidden must not be partial sums"):
-        linear_sequence_logps(partial, DTensor.from_local(weight.to_local(), mesh, [Replicate()]), labels)
+        linear_sequence_logps(replicated, split, distribute_tensor(labels, mesh, [Replicate()]))
+    for place in (Shard(0), Partial()):  # each rank's part of dweight would pass for all of it
+        batch = DTensor.from_local(hidden, mesh, [place], run_check=False)
+        with pytest.raises(TypeError, match="hidden must be replicated wherever weight is"):
+            linear_sequence_logps(batch, whole, labels)
 
 
 def test_wrong_shards_are_an_error_or_a_nan(ranks):
     ranks.run(2, check_wrong_shards)
+
+
+def check_minus_infinity(group):
+    """A mask may cover all the columns of a rank, the label's among them: then its log-prob is -inf, and no NaN."""
+    logits, labels = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([[-100, 1, 6, 5]])
+    logits[0, 0, :4] = -torch.inf
+    expected = sequence_logps(logits, labels)
+    assert expected.sum.isneginf().all()
+    for backend in BACKENDS:
+        half = logits[..., 4 * group.rank() : 4 * group.rank() + 4]
+        torch.testing.assert_close(sequence_logps(VocabShard(half, group, V=8), labels, backend=backend), expected)
+
+
+def test_a_shard_of_minus_infinity(ranks):
+    ranks.run(2, check_minus_infinity)
+
+
+def check_free_memory(group):
+    """Ranks with more or less free memory form the same chunks, so that they exchange the same."""
+    original, ops_linear.os.sysconf = ops_linear.os.sysconf, lambda name: 8 * (1 + 3 * group.rank())
+    try:
+        g, labels, _, _ = example(4, 2, 20, 8)
+        tensors = linear_tensors(g, 2, 20, 4, 8, 1, torch.float32)
+        local = tensors["weight"][4 * group.rank() : 4 * group.rank() + 4]
+        split = linear_sequence_logps(tensors["hidden"], VocabShard(local, group, V=8), labels)
+    finally:
+        ops_linear.os.sysconf = original
+    torch.testing.assert_close(split, linear_sequence_logps(tensors["hidden"], tensors["weight"], labels))
+
+
+def test_free_memory_may_differ_between_ranks(ranks):
+    ranks.run(2, check_free_memory)
 
 
 def check_operators(group, backend):
@@ -349,7 +399,7 @@ def check_operators(group, backend):
     logits, targets = torch.randn(2, 3, 4, requires_grad=True), torch.tensor([[7, -100, 1], [0, 4, -100]])
     opcheck(ops_sharded.sharded_logps, (logits, targets, -100, False, list(columns[:4]), columns.group, backend))
     # A function of the shard compiles as one graph; a process group is not a tensor, so it comes from outside.
-    shard = VocabShard(torch.randn(4, 5, requires_grad=True), group)
+    shard = VocabShard(torch.randn(4, 5, requires_grad=True), group, V=8)
     hidden, labels = torch.randn(2, 3, 5, requires_grad=True), torch.tensor([[-100, 7, 1], [-100, 4, -100]])
 
     def step(hidden, weight):
@@ -376,5 +426,5 @@ def test_a_group_of_none_is_this_process_alone():
     padded = linear_sequence_logps(hidden, VocabShard(weight, None, V=5), labels)
     torch.testing.assert_close(padded, linear_sequence_logps(hidden, weight[:5], labels))
     # Without padding the very tensor: backward of a slice would copy its gradient.
-    assert vocabulary.local_logits(VocabShard(x, None))[0] is x
-    assert vocabulary.local_head(hidden, VocabShard(weight, None), None)[1] is weight
+    assert vocabulary.local_logits(VocabShard(x, None, V=7))[0] is x
+    assert vocabulary.local_head(hidden, VocabShard(weight, None, V=7), None)[1] is weight
