@@ -51,20 +51,23 @@ def with_image(model: str, B: int) -> Shape:
     return Shape(f"{model}, one image", 2 * B, T, D, V, (round(ANSWER / T, 3),))
 
 
+def shapes_of_a_gpu() -> list[Shape]:
+    return [
+        shape("Llama-3-8B", 8, 1024),
+        shape("Llama-3-8B", 1, 1024),
+        with_image("LLaVA-1.5-7B", 1),
+        shape("Qwen2.5-VL-7B", 4, 1024, 0.1),
+        shape("Gemma-2-2B", 4, 1024, 0.3),
+        *(shape("Llama-3-8B", 8, T, 0.3) for T in (256, 512, 2048)),
+    ]
+
+
 def logits_shapes(quick: bool) -> list[Shape]:
     """The first is shown in full; those that differ from it in T alone are the figure's sweep."""
     if quick:
         return [shape("Llama-3-8B", 8, 512, 0.1) if GPU else shape("toy", 2, 64, 0.3)]
     if GPU:
-        return [
-            shape("Llama-3-8B", 8, 1024),
-            shape("Llama-3-8B", 1, 1024),
-            shape("LLaVA-1.5-7B", 8, 1024),
-            with_image("LLaVA-1.5-7B", 1),
-            shape("Qwen2.5-VL-7B", 4, 1024, 0.1),
-            shape("Gemma-2-2B", 4, 1024, 0.3),
-            *(shape("Llama-3-8B", 8, T, 0.3) for T in (256, 512, 2048)),
-        ]
+        return [*shapes_of_a_gpu(), shape("LLaVA-1.5-7B", 8, 1024)]
     return [  # the vocabularies are real; T is what two cores can do
         shape("Llama-3-8B", 1, 128),
         shape("LLaVA-1.5-7B", 8, 64),
@@ -80,14 +83,7 @@ def linear_shapes(quick: bool) -> list[Shape]:
     if quick:
         return [shape("Llama-3-8B", 4, 512, 0.3) if GPU else shape("toy", 2, 32, 0.3)]
     if GPU:
-        return [
-            shape("Llama-3-8B", 8, 1024),
-            shape("Llama-3-8B", 1, 1024),
-            with_image("LLaVA-1.5-7B", 1),
-            shape("Qwen2.5-VL-7B", 4, 1024, 0.1),
-            shape("Gemma-2-2B", 4, 1024, 0.3),
-            *(shape("Llama-3-8B", 8, T, 0.3) for T in (256, 512, 2048)),
-        ]
+        return shapes_of_a_gpu()
     return [shape("SmolLM2-135M", 1, 192), *(shape("SmolLM2-135M", 1, T, 0.3) for T in (48, 96))]
 
 
