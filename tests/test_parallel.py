@@ -93,6 +93,16 @@ def test_q_and_weights_are_global(ranks, fused, seed, K, counts):
             assert torch.equal(a, b)  # to the bit, or ranks would drift apart
 
 
+def check_no_pair_anywhere(group):
+    out = napo_loss(torch.zeros(0), torch.zeros(2, 0), None, None, process_group=group)
+    assert out.losses.shape == (0,)
+    assert (out.q == 1).all()  # as at the start: no evidence of a margin, and no NaN to smooth the next q with
+
+
+def test_a_step_without_pairs_on_any_rank(ranks):
+    ranks.run(2, check_no_pair_anywhere)
+
+
 def check_collectives(group):
     """One all-reduce for all negatives, one each way for sequences, none that nobody asked for; of the sizes stated."""
     ours = {name: torch.zeros(2) for name in ("rejected", "question_only", "image_only")}
