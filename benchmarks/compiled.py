@@ -22,7 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from napo_loss import formulas
+from napo_loss.objective import eager
+from napo_loss.objective.estimators import Q_BOUNDS
 from napo_loss.types import MIN_LENGTH
 
 TARGETS = {
@@ -95,7 +96,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield case, lambda h=head, d=out: linear_block(*h, 0, labels[0], (lse[0], lse[0]), d)
         yield f"{name} log-probs only", lambda r=raw: linear_rows(r, None, 1.0, 0.0, labels[0], None)
 
-    constants = Constants(*formulas.Q_BOUNDS, formulas.MIN_Q, formulas.WEIGHT_FLOOR, MIN_LENGTH)
+    constants = Constants(*Q_BOUNDS, eager.MIN_Q, eager.WEIGHT_FLOOR, MIN_LENGTH)
     for K, B in ((1, 1), (3, 64)):
         row, rows = torch.zeros(B), torch.zeros(K, B)
         for average, dynamic in ((False, False), (True, True)):

@@ -63,9 +63,9 @@ class Counter:
 
 def cases() -> Iterator[tuple[str, Callable[[], object], int]]:
     """Name, call and floor. Few rows: then a row is split most, and the partial sums are the largest share."""
-    from napo_loss import ops
     from napo_loss.kernels.linear_block import linear_block
     from napo_loss.kernels.linear_rows import linear_rows
+    from napo_loss.logps import ops
 
     N, T = 1, 21
     for V, dtype in ((32064, torch.bfloat16), (50257, torch.float32), (128256, torch.bfloat16)):

@@ -1,18 +1,17 @@
 """Noise-Aware Preference Optimization (CVPR 2025, arXiv:2503.17928) as a standalone loss."""
 
 from napo_loss._version import __version__
-from napo_loss.head import fused_head
-from napo_loss.linear import linear_sequence_logps
-from napo_loss.logps import sequence_logps
-from napo_loss.objective import napo_loss, noise_aware_dpo_loss, noise_level
-from napo_loss.parallel import all_reduce_logps
+from napo_loss.hf.head import fused_head
+from napo_loss.logps.linear import linear_sequence_logps
+from napo_loss.logps.logits import sequence_logps
+from napo_loss.objective.estimators import noise_level
+from napo_loss.objective.loss import napo_loss, noise_aware_dpo_loss
+from napo_loss.objective.recipes import PAPER_NEGATIVES, Negative, Recipe
+from napo_loss.parallel.reductions import all_reduce_logps
 from napo_loss.types import (
-    PAPER_NEGATIVES,
     LowRank,
     NaPOLoss,
-    Negative,
     PreferenceLoss,
-    Recipe,
     SequenceLogps,
     VocabShard,
 )

@@ -16,8 +16,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProces
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 
 from napo_loss.bias import BiasSettings, add_biased_negatives, natural_noise  # noqa: E402
-from napo_loss.bias_answers import Answers  # noqa: E402
-from napo_loss.bias_removal import remove_image  # noqa: E402
+from napo_loss.bias.answers import Answers  # noqa: E402
+from napo_loss.bias.removal import remove_image  # noqa: E402
 
 TEXT = "USER: ASSISTANT: what who is this that here ? Describe the image. a b c d e f"
 WORDS = ["<pad>", "<eos>", "<unk>", "<image>", *TEXT.split()]

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from napo_loss import Recipe, VocabShard, gemm, linear_sequence_logps, napo_loss, reference, sequence_logps
+from napo_loss import Recipe, VocabShard, linear_sequence_logps, napo_loss, reference, sequence_logps
+from napo_loss.logps import gemm
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -9,8 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, objective, ops, sequence_logps
+from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, sequence_logps
 from napo_loss.kernels.launch import MAX_BLOCK_V, logits_launch
+from napo_loss.logps import ops as logps_ops
+from napo_loss.objective import loss as objective
+from napo_loss.objective import ops as objective_ops
 
 
 def run_objective(monkeypatch, fused, dtype, pc, pr, refs, lengths, **kwargs):
@@ -105,8 +108,8 @@ def test_logits_kernels_stay_inside_their_buffers(guard_bands, V, dtype):
     labels = torch.randint(0, V, (3, 7))
     labels[0, :4] = -100
     args = (torch.randn(3, 7, V).to(dtype), labels, torch.rand(3, 7))
-    _, _, lse = ops.sequence_logps(*args, 1, -100, False, "triton")
-    ops.sequence_logps_backward(torch.ones(3), *args, lse, 1, -100, "triton")
+    _, _, lse = logps_ops.sequence_logps(*args, 1, -100, False, "triton")
+    logps_ops.sequence_logps_backward(torch.ones(3), *args, lse, 1, -100, "triton")
     assert len(guard_bands) == 7
 
 
@@ -114,7 +117,7 @@ def test_logits_kernels_stay_inside_their_buffers(guard_bands, V, dtype):
 def test_objective_kernel_stays_inside_its_buffers(guard_bands, K, B):
     logps = (torch.randn(B), torch.randn(K, B)) * 2 + (torch.ones(B), torch.ones(K, B))
     settings = [0.01] * K + [0.0] * K + [float("nan")] * K + [1.0] * K
-    ops.objective(*logps, None, None, settings, [0.1, 0.0, 0.0], True, True)
+    objective_ops.objective(*logps, None, None, settings, [0.1, 0.0, 0.0], True, True)
     assert len(guard_bands) == 7
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
-from napo_loss import LowRank, factored, gemm, linear_sequence_logps, ops_linear, reference, sequence_logps
+from napo_loss import LowRank, linear_sequence_logps, reference, sequence_logps
+from napo_loss.logps import factored, gemm, linear_ops
 
 BACKENDS = ["eager", "triton"]
 NAMES = ("hidden", "weight", "bias", "A", "B")
@@ -276,7 +277,7 @@ def test_packed_is_padded(backend, seed, lengths, shift, weighted):
 
 def test_wrong_offsets_on_a_gpu_are_nan(monkeypatch):
     """Where looking would cost a sync nothing is read out of bounds, and the result shows it."""
-    monkeypatch.setattr("napo_loss.linear.check_cu_seqlens", lambda *_: None)
+    monkeypatch.setattr("napo_loss.logps.linear.check_cu_seqlens", lambda *_: None)
     tensors, labels, _, _ = example(11, 1, 6)
     for wrong in ([0, 9], [1, 6], [0, 4, 2, 6], [-3, 6]):
         out = linear_sequence_logps(tensors["hidden"][0], tensors["weight"], labels[0], cu_seqlens=torch.tensor(wrong))
@@ -293,11 +294,11 @@ def test_opcheck(backend, budget):
     leaves = [x.requires_grad_() for x in tensors.values()]
     needs, scalars = [True] * 4, [0.5, 1.0, 5.0]
     args = (*leaves, labels, scalars, -100, budget, needs, backend, [], "")
-    opcheck(ops_linear.linear_logps, args)
-    _, *saved = ops_linear.linear_logps(*args)
+    opcheck(linear_ops.linear_logps, args)
+    _, *saved = linear_ops.linear_logps(*args)
     plain = [x.detach() for x in leaves]
     args = (torch.ones(3, 6), *plain, labels, [x.detach() for x in saved], scalars, budget, needs, backend, [], "")
-    opcheck(ops_linear.linear_logps_backward, args)
+    opcheck(linear_ops.linear_logps_backward, args)
 
 
 def test_compiles_without_a_graph_break():

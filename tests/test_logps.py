@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from napo_loss import eager, reference, sequence_logps
+from napo_loss import reference, sequence_logps
+from napo_loss.logps import eager
 
 BACKENDS = ["eager", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -264,9 +265,9 @@ def test_a_label_out_of_range_is_an_error_or_a_visible_nan(wrong):
 
 
 def test_missing_triton_is_named(monkeypatch):
-    from napo_loss import ops
+    from napo_loss import backend
 
-    monkeypatch.setattr(ops, "HAS_TRITON", False)
+    monkeypatch.setattr(backend, "HAS_TRITON", False)
     with pytest.raises(ImportError, match=r'pip install triton, or ask for the eager path with backend="eager"'):
         sequence_logps(LOGITS, LABELS, backend="triton")
     assert sequence_logps(LOGITS, LABELS).sum.shape == (2,)

@@ -19,7 +19,7 @@ from napo_loss import (
     noise_level,
     reference,
 )
-from napo_loss.formulas import dynamic_weights
+from napo_loss.objective.eager import dynamic_weights
 
 batches = st.integers(1, 9)
 seeds = st.integers(0, 2**31)

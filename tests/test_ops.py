@@ -4,13 +4,10 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from napo_loss import (
-    SequenceLogps,
-    napo_loss,
-    objective,
-    ops,
-    sequence_logps,
-)
+from napo_loss import SequenceLogps, napo_loss, sequence_logps
+from napo_loss.logps import ops
+from napo_loss.objective import loss as objective
+from napo_loss.objective import ops as objective_ops
 
 
 def example(requires_grad=True):
@@ -38,9 +35,9 @@ def test_opcheck_objective():
     logps = [torch.randn(4, requires_grad=True), torch.randn(2, 4, requires_grad=True)]
     rest = [torch.zeros(4), torch.zeros(2, 4), torch.ones(4), torch.ones(2, 4)]
     settings, scalars = [0.01, 0.5, 0.0, 1.0, float("nan"), 0.2, 1.0, 1.0], [0.1, 0.0, 0.0]
-    opcheck(ops.objective, (*logps, *rest, None, None, settings, scalars, False, False))
-    opcheck(ops.objective_means, (*(x.detach() for x in logps), *rest, settings, scalars, False))
-    opcheck(ops.objective_backward, (torch.rand(3, 4), torch.rand(4)))
+    opcheck(objective_ops.objective, (*logps, *rest, None, None, settings, scalars, False, False))
+    opcheck(objective_ops.objective_means, (*(x.detach() for x in logps), *rest, settings, scalars, False))
+    opcheck(objective_ops.objective_backward, (torch.rand(3, 4), torch.rand(4)))
 
 
 def step(logits, labels, backend="eager"):
@@ -114,8 +111,8 @@ def test_one_buffer_goes_back_from_the_objective_to_the_logits(monkeypatch):
     flat = torch.randn(8, requires_grad=True)
     flat.register_hook(lambda g: seen.append(g))
     written = []
-    scale = ops.objective_backward
-    monkeypatch.setattr(ops, "objective_backward", lambda *a: written.append(scale(*a)) or written[-1])
+    scale = objective_ops.objective_backward
+    monkeypatch.setattr(objective_ops, "objective_backward", lambda *a: written.append(scale(*a)) or written[-1])
     napo_loss(*SequenceLogps(flat, torch.ones(8)).pairs(3), None, None).losses.sum().backward()
     assert seen[0].data_ptr() == written[0].data_ptr()
     torch.testing.assert_close(flat.grad.view(4, 2), written[0])

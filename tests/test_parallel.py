@@ -23,9 +23,9 @@ from napo_loss import (
     napo_loss,
     noise_aware_dpo_loss,
     noise_level,
-    objective,
     sequence_logps,
 )
+from napo_loss.objective import loss as objective
 
 ROOT = Path(__file__).parent.parent
 seeds = st.integers(0, 2**31)

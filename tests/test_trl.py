@@ -19,8 +19,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVi
 import napo_loss
 from napo_loss import Negative, Recipe, reference
 from napo_loss.trl import STATE_FILE, NaPOConfig, NaPOTrainer
-from napo_loss.trl_config import REFUSED
-from napo_loss.trl_data import GroupCollator, OncePerPrompt
+from napo_loss.trl.config import REFUSED
+from napo_loss.trl.data import GroupCollator, OncePerPrompt
 from tests import tiny
 
 pytestmark = [

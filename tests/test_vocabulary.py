@@ -15,15 +15,13 @@ from docs import scale
 from napo_loss import (
     LowRank,
     VocabShard,
-    factored,
     linear_sequence_logps,
-    ops_linear,
-    ops_sharded,
     reference,
     sequence_logps,
-    vocabulary,
 )
-from napo_loss.vocabulary import Columns
+from napo_loss.logps import factored, linear_ops, sharded
+from napo_loss.parallel import shards
+from napo_loss.parallel.columns import Columns
 
 BACKENDS = ["eager", "triton"]
 seeds = st.integers(0, 2**31)
@@ -257,9 +255,9 @@ def check_exchange(group, budget):
 
         return call
 
-    forward, backward, merge = factored.forward, factored.backward, vocabulary.merge
+    forward, backward, merge = factored.forward, factored.backward, sharded.merge
     factored.forward, factored.backward = watched("forward", forward), watched("backward", backward)
-    ops_sharded.merge = watched("logits", merge)
+    sharded.merge = watched("logits", merge)
     cuts = bounds(60, group.size(), "dtensor", g)
     try:
         weight = shard_of(tensors["weight"], 0, cuts, group, "dtensor").requires_grad_()
@@ -269,7 +267,7 @@ def check_exchange(group, budget):
         local = torch.randn(4, 9, cuts[1]).requires_grad_()
         sequence_logps(described(local, cuts, group, "dtensor"), labels).sum.backward(upstream)
     finally:
-        factored.forward, factored.backward, ops_sharded.merge = forward, backward, merge
+        factored.forward, factored.backward, sharded.merge = forward, backward, merge
     per_row = -(-60 // group.size()) * (4 + 2)  # float32 logits and their bfloat16 D
     chunks = -(-A // max(1, budget // per_row))
     assert counted["forward"] == (2 * chunks, scale.vocabulary_forward(A, chunks))
@@ -378,14 +376,14 @@ def test_a_shard_of_minus_infinity(ranks):
 
 def check_free_memory(group):
     """Ranks with more or less free memory form the same chunks, so that they exchange the same."""
-    original, ops_linear.os.sysconf = ops_linear.os.sysconf, lambda name: 8 * (1 + 3 * group.rank())
+    original, linear_ops.os.sysconf = linear_ops.os.sysconf, lambda name: 8 * (1 + 3 * group.rank())
     try:
         g, labels, _, _ = example(4, 2, 20, 8)
         tensors = linear_tensors(g, 2, 20, 4, 8, 1, torch.float32)
         local = tensors["weight"][4 * group.rank() : 4 * group.rank() + 4]
         split = linear_sequence_logps(tensors["hidden"], VocabShard(local, group, V=8), labels)
     finally:
-        ops_linear.os.sysconf = original
+        linear_ops.os.sysconf = original
     torch.testing.assert_close(split, linear_sequence_logps(tensors["hidden"], tensors["weight"], labels))
 
 
@@ -397,7 +395,7 @@ def check_operators(group, backend):
     columns = Columns(4 * group.rank(), 4, 8, 4, group.group_name)
     torch.manual_seed(0)
     logits, targets = torch.randn(2, 3, 4, requires_grad=True), torch.tensor([[7, -100, 1], [0, 4, -100]])
-    opcheck(ops_sharded.sharded_logps, (logits, targets, -100, False, list(columns[:4]), columns.group, backend))
+    opcheck(sharded.sharded_logps, (logits, targets, -100, False, list(columns[:4]), columns.group, backend))
     # A function of the shard compiles as one graph; a process group is not a tensor, so it comes from outside.
     shard = VocabShard(torch.randn(4, 5, requires_grad=True), group, V=8)
     hidden, labels = torch.randn(2, 3, 5, requires_grad=True), torch.tensor([[-100, 7, 1], [-100, 4, -100]])
@@ -426,5 +424,5 @@ def test_a_group_of_none_is_this_process_alone():
     padded = linear_sequence_logps(hidden, VocabShard(weight, None, V=5), labels)
     torch.testing.assert_close(padded, linear_sequence_logps(hidden, weight[:5], labels))
     # Without padding the very tensor: backward of a slice would copy its gradient.
-    assert vocabulary.local_logits(VocabShard(x, None, V=7))[0] is x
-    assert vocabulary.local_head(hidden, VocabShard(weight, None, V=7), None)[1] is weight
+    assert shards.local_logits(VocabShard(x, None, V=7))[0] is x
+    assert shards.local_head(hidden, VocabShard(weight, None, V=7), None)[1] is weight

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from napo_loss.gemm import HALF, accumulation_dtype, blocks, mm_float32, mm_into
+from napo_loss.backend import accumulation_dtype
+from napo_loss.logps.gemm import HALF, blocks, mm_float32, mm_into
 
 SCRATCH = {"cpu": 32 * 2**20, "gpu": 512 * 2**20}
 """Bytes of logits worked on at a time, where the budget allows: enough rows to keep the matrix products efficient."""

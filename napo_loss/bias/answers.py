@@ -12,15 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from napo_loss.bias_cache import resume
-from napo_loss.bias_removal import conversation, images_of, neutral_text, remove_image
+from napo_loss.bias.cache import resume
+from napo_loss.bias.removal import conversation, images_of, neutral_text, remove_image
+from napo_loss.bias.settings import KINDS, BiasSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from napo_loss.bias import BiasSettings
-
-KINDS = ("question_only", "image_only")
 
 
 class Answers:

@@ -1,69 +1,18 @@
-"""Biased negatives: take away the image or the question, and let the model itself answer what is left.
-
-The construction of the paper's RLAIF-V-Bias data, for any Hugging Face vision-language model and processor.
-``question_only`` is the answer without the image's information (language bias), ``image_only`` the answer
-without the question's (vision bias).
-
-    >>> from napo_loss.bias import add_biased_negatives, natural_noise
-    >>> dataset = add_biased_negatives(dataset, model, processor, cache_dir="runs/bias")  # doctest: +SKIP
-    >>> natural_noise(dataset)  # doctest: +SKIP
-    {'question_only': 0.06, 'image_only': 0.02}
-
-Needs ``datasets``, ``pillow`` and ``transformers`` (``pip install napo-loss[trl]``), imported when called.
-"""
+"""Columns of biased negatives for a dataset, and how many of them are in fact right."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from napo_loss.bias_answers import KINDS, Answers, answer_all, evaluation
-from napo_loss.bias_cache import dataset_digest, model_digest
+from napo_loss.bias.answers import Answers, answer_all, evaluation
+from napo_loss.bias.cache import dataset_digest, model_digest
+from napo_loss.bias.settings import KINDS, BiasSettings, ImageRemoval
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-ImageRemoval = Literal["mask", "noise", "blank", "crop"]
-QUESTION = r"(?s)^(?:.*?\b(?:USER|Question):)?(?P<question>.*?)(?:\b(?:ASSISTANT|Answer):)?\s*$"
-"""What a plain-text prompt asks: all of it, without the role markers of the usual plain-text templates."""
-
-
-@dataclass(frozen=True)
-class BiasSettings:
-    """How the negatives are made, beside which and from what.
-
-    Attributes:
-        instruction: the neutral text that replaces the question for ``image_only``.
-        max_new_tokens: length of an answer.
-        temperature: 0 is greedy; above, answers are sampled with one seed per batch.
-        seed: of noise, crops and sampling.
-        crop_area: smallest and largest share of the area that ``"crop"`` keeps, as published.
-        question_pattern: regular expression whose group ``question`` is the question in a plain-text prompt.
-    """
-
-    instruction: str = "Describe the image."
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    seed: int = 0
-    crop_area: tuple[float, float] = (0.01, 0.20)
-    question_pattern: str = QUESTION
-
-    def __post_init__(self):
-        if not self.instruction.strip():
-            raise ValueError("BiasSettings.instruction must not be empty: the model has to be asked something")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"BiasSettings.max_new_tokens must be >= 1, got {self.max_new_tokens}")
-        if not self.temperature >= 0:
-            raise ValueError(f"BiasSettings.temperature must be >= 0, got {self.temperature}")
-        if self.seed < 0:
-            raise ValueError(f"BiasSettings.seed must be >= 0, got {self.seed}")
-        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
-            raise ValueError(f"BiasSettings.crop_area must rise within (0, 1], got {self.crop_area}")
-        if "question" not in re.compile(self.question_pattern).groupindex:
-            raise ValueError("BiasSettings.question_pattern needs a group named 'question'")
 
 
 def add_biased_negatives(

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from napo_loss import eager, factored
-from napo_loss.factored import Head, Needs, Saved, Steps
-from napo_loss.gemm import accumulation_dtype
-from napo_loss.ops import no_double_backward, uses_triton
-from napo_loss.vocabulary import Columns, sharded
+from napo_loss.backend import accumulation_dtype, no_double_backward, uses_triton
+from napo_loss.logps import eager, factored
+from napo_loss.logps.factored import Head, Needs, Saved, Steps
+from napo_loss.logps.sharded import sharded
+from napo_loss.parallel.columns import Columns
 
 
 def _kernel_rows(logits: Tensor, head: Head, targets: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,19 @@
-"""Token log-probs from the columns of the logits that one rank holds, as a custom operator; see ``vocabulary``."""
+"""Token log-probs where a vocabulary is split over ranks: an operator from logits, and the steps of the linear path."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from napo_loss import eager
-from napo_loss.gemm import accumulation_dtype
-from napo_loss.ops import sequence_logps_backward, sequence_logps_backward_, uses_triton
-from napo_loss.vocabulary import Columns, merge
+from napo_loss.backend import accumulation_dtype, uses_triton
+from napo_loss.logps import eager
+from napo_loss.logps.factored import Head, Steps
+from napo_loss.logps.ops import sequence_logps_backward, sequence_logps_backward_
+from napo_loss.parallel.columns import Columns, merge
+from napo_loss.parallel.reductions import all_reduce
 
 MASKED = -1
 """The local label of a position that does not count: unlike -100, no shift of a label by its shard's start gives it."""
@@ -80,3 +83,25 @@ def _backward(ctx, grad, *_):
 
 
 sharded_logps.register_autograd(_backward, setup_context=_setup_context)
+
+
+def sharded(steps: Steps, columns: Columns) -> Steps:
+    """``steps`` for this rank's columns: D once the logsumexp of all columns is known."""
+
+    def rows(x: Tensor, head: Head, targets: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        target = targets - columns.start
+        inside = (target >= 0) & (target < columns.count)
+        if columns.count:
+            logp, lse = steps.rows(x, head, target, None)
+        else:
+            logp, lse = x.new_zeros(len(x)), x.new_full((len(x),), -torch.inf)
+        logp, lse = merge(logp, lse, inside, columns)
+        if out is not None:
+            block(x, head, slice(0, columns.count), targets, lse, torch.ones_like(lse), out)
+        return logp.where((targets >= 0) & (targets < columns.V), torch.nan), lse
+
+    def block(x: Tensor, head: Head, at: slice, targets: Tensor, lse: Tensor, w: Tensor, out: Tensor) -> None:
+        if columns.count:
+            steps.block(x, head, at, targets - columns.start, lse, w, out)
+
+    return Steps(rows, block, partial(all_reduce, process_group=columns.process_group), columns.width)

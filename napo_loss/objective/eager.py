@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from napo_loss.negatives import Group
-from napo_loss.parallel import mean_over_group
-from napo_loss.types import MIN_LENGTH, Negative, Recipe
+from napo_loss.backend import upcast
+from napo_loss.objective.estimators import Q_BOUNDS, q_of, smooth
+from napo_loss.objective.negatives import Group
+from napo_loss.objective.recipes import Negative, Recipe
+from napo_loss.parallel.reductions import mean_over_group
+from napo_loss.types import MIN_LENGTH
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-Q_BOUNDS = (0.001, 1.0)
-"""The published range of q."""
 
 MIN_Q = 1e-30
 """Below this q·log p may be a float32 denormal; L_q there equals DPO to the last bit."""
@@ -85,24 +85,12 @@ def box_cox(x: Tensor, q: float | Tensor) -> Tensor:
     return torch.where(q < MIN_Q, -log_p, -torch.expm1(q * log_p) / torch.where(q < MIN_Q, 1.0, q))
 
 
-def q_of(margin: Tensor, alpha: float, bounds: tuple[float, float]) -> Tensor:
-    return (2 * torch.sigmoid(-alpha * margin)).clamp(*bounds)
-
-
 def _q_of_negative(negative: Negative, margin: Tensor, previous: Tensor | None, decay: float) -> Tensor:
     if negative.q is not None:
         return torch.full_like(margin, negative.q)
     return smooth(q_of(margin, negative.alpha, Q_BOUNDS), previous, decay)
 
 
-def smooth(q: Tensor, previous: float | Tensor | None, decay: float) -> Tensor:
-    return q if previous is None else decay * previous + (1 - decay) * q
-
-
 def log_ratio(policy: Tensor, reference: Tensor | None) -> Tensor:
     """``log π − log π_ref``, in float32 at least; no gradient flows into the reference."""
     return upcast(policy) if reference is None else upcast(policy) - upcast(reference.detach())
-
-
-def upcast(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from napo_loss import ops, ops_sharded
 from napo_loss.checks import (
     check_backend,
     check_cu_seqlens,
@@ -16,9 +15,10 @@ from napo_loss.checks import (
     check_logits,
     check_writable,
 )
-from napo_loss.tokens import Packing, per_sequence, targets
+from napo_loss.logps import ops, sharded
+from napo_loss.logps.tokens import Packing, per_sequence, targets
+from napo_loss.parallel.shards import local_logits
 from napo_loss.types import SequenceLogps, VocabShard
-from napo_loss.vocabulary import local_logits
 
 
 def sequence_logps(
@@ -111,5 +111,5 @@ def sequence_logps(
         logps = ops.sequence_logps(x, y, None, 0, ignore_index, inplace, backend)[0]
     else:
         *numbers, group = columns
-        logps = ops_sharded.sharded_logps(x, y, ignore_index, inplace, numbers, group, backend)[0]
+        logps = sharded.sharded_logps(x, y, ignore_index, inplace, numbers, group, backend)[0]
     return per_sequence(logps.view(target.shape), target != ignore_index, token_weights, shift, packing)

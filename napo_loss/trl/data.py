@@ -11,7 +11,7 @@ import torch
 from trl.data_utils import _tokenize, common_prefix_length, is_conversational
 from trl.trainer.utils import global_then_local_main_first
 
-from napo_loss.types import PAPER_NEGATIVES
+from napo_loss.objective.recipes import PAPER_NEGATIVES
 
 RESERVED = ("prompt", "chosen", "margins", "accuracies")
 """Names no negative can have: columns that mean something else, or metrics (``rewards/margins``)."""

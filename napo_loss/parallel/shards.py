@@ -1,87 +1,15 @@
-"""A vocabulary split over the ranks of a process group: which columns are here, and what the ranks exchange.
-
-Every rank holds some columns of the logits (rows of the lm_head), and the same positions and labels. Three floats of
-each active position go around: the logsumexp of a rank's columns, for the largest of them; then what its exponential
-adds to the sum, and the label's logit, which one rank has. Backward is local, but for the gradient of what every rank
-holds whole (hidden states, LoRA's A): a sum over ranks.
-"""
+"""From what a caller has of a split vocabulary, a ``VocabShard`` or DTensors, to the columns that are on this rank."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from napo_loss.checks import SHARDED, check_group, is_dtensor
-from napo_loss.factored import Head, Steps
-from napo_loss.parallel import all_reduce
+from napo_loss.parallel.columns import Columns
 from napo_loss.types import LowRank, VocabShard
-
-PRIME = 16381
-"""The squares of shards' bounds are added up modulo this: sums over 1024 ranks are whole numbers in float32."""
-
-
-class Columns(NamedTuple):
-    """The columns of the vocabulary on this rank, in numbers and a name that an operator's schema can hold."""
-
-    start: int
-    count: int
-    V: int
-    width: int  # of a rank, about, and the same number on all of them: by it rows are chunked, and so exchanged
-    group: str
-
-    @classmethod
-    def of(cls, numbers: Sequence[int], group: str) -> Columns:
-        return cls(numbers[0], numbers[1], numbers[2], numbers[3], group)
-
-    @property
-    def checks(self) -> list[float]:
-        """Of intervals that are a partition of the vocabulary these add up to V and, modulo the prime, to V²."""
-        return [self.count, self.count * (2 * self.start + self.count) % PRIME]
-
-    @property
-    def process_group(self):
-        return torch.distributed.distributed_c10d._resolve_process_group(self.group)  # pyright: ignore
-
-
-def merge(logp: Tensor, lse: Tensor, inside: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
-    """``logp [A]`` and ``lse [A]`` of the whole vocabulary, from those of this rank's columns.
-
-    ``inside``: whether the label is one of them. Columns that together are not the vocabulary, each once, give NaN.
-    """
-    A, group = len(lse), columns.process_group
-    peak = all_reduce(lse.clone(), group, largest=True)
-    here = lse - peak
-    hit = (logp + here).where(lse > -torch.inf, -torch.inf)  # of columns that are all -inf, logp is NaN
-    sums = torch.cat([here.exp(), hit.where(inside, 0), lse.new_tensor(columns.checks)])
-    total, hit, (count, squares) = all_reduce(sums, group).split([A, A, 2])
-    whole = (count == columns.V) & (squares % PRIME == columns.V**2 % PRIME)
-    return (hit - total.log()).where(whole, torch.nan), peak + total.log()
-
-
-def sharded(steps: Steps, columns: Columns) -> Steps:
-    """``steps`` for this rank's columns: D once the logsumexp of all columns is known."""
-
-    def rows(x: Tensor, head: Head, targets: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-        target = targets - columns.start
-        inside = (target >= 0) & (target < columns.count)
-        if columns.count:
-            logp, lse = steps.rows(x, head, target, None)
-        else:
-            logp, lse = x.new_zeros(len(x)), x.new_full((len(x),), -torch.inf)
-        logp, lse = merge(logp, lse, inside, columns)
-        if out is not None:
-            block(x, head, slice(0, columns.count), targets, lse, torch.ones_like(lse), out)
-        return logp.where((targets >= 0) & (targets < columns.V), torch.nan), lse
-
-    def block(x: Tensor, head: Head, at: slice, targets: Tensor, lse: Tensor, w: Tensor, out: Tensor) -> None:
-        if columns.count:
-            steps.block(x, head, at, targets - columns.start, lse, w, out)
-
-    return Steps(rows, block, partial(all_reduce, process_group=columns.process_group), columns.width)
 
 
 def local_logits(logits: Any) -> tuple[Tensor, Columns | None]:

@@ -21,21 +21,15 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference, DPOTrainer
 
-try:
-    from datasets import Dataset
-    from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference, DPOTrainer
-except ImportError as error:
-    raise ImportError('napo_loss.trl needs TRL: pip install "napo-loss[trl]"') from error
-
-from napo_loss.head import fused_head
-from napo_loss.objective import napo_loss
-from napo_loss.trl_config import PAPER, NaPOConfig
-from napo_loss.trl_data import GroupCollator, negative_columns, reference_column, tokenize_negatives
-from napo_loss.trl_models import gathered_head, needs_copy
+from napo_loss.hf.head import fused_head
+from napo_loss.objective.loss import napo_loss
+from napo_loss.trl.config import PAPER, NaPOConfig
+from napo_loss.trl.data import GroupCollator, negative_columns, reference_column, tokenize_negatives
+from napo_loss.trl.models import gathered_head, needs_copy
 from napo_loss.types import SequenceLogps
-
-__all__ = ["NaPOConfig", "NaPOTrainer"]
 
 STATE_FILE = "napo_state.json"
 

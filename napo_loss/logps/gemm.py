@@ -16,10 +16,6 @@ UPCAST_BYTES = 16 * 2**20
 """Float32 copies of half-precision factors held at a time, where no product of the two keeps float32."""
 
 
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def mm_float32(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in float32 for half-precision factors, else in their own dtype."""
     if a.dtype not in HALF:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from napo_loss.checks import is_dtensor
-from napo_loss.linear import linear_sequence_logps
+from napo_loss.logps.linear import linear_sequence_logps
+from napo_loss.parallel.shards import as_replicated
 from napo_loss.types import LowRank
-from napo_loss.vocabulary import as_replicated
 
 Model = TypeVar("Model", bound=nn.Module)
 WRAPPERS = ("_orig_mod", "module", "get_base_model")

@@ -10,8 +10,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from napo_loss.head import unwrap
-from napo_loss.trl_config import NaPOConfig
+from napo_loss.hf.head import unwrap
+from napo_loss.trl.config import NaPOConfig
 
 
 def needs_copy(model, args: NaPOConfig, peft_config) -> bool:

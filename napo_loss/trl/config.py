@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from trl.trainer.dpo_config import DPOConfig
 
-from napo_loss.negatives import default_negatives
-from napo_loss.types import Negative, Recipe
+from napo_loss.objective.negatives import default_negatives
+from napo_loss.objective.recipes import Negative, Recipe
 
 REFUSED = {
     "loss_type": ["sigmoid"],

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from napo_loss.factored import Head
-from napo_loss.gemm import accumulation_dtype, blocks
-from napo_loss.tokens import aligned_weights, targets
+from napo_loss.backend import accumulation_dtype
+from napo_loss.logps.factored import Head
+from napo_loss.logps.gemm import blocks
+from napo_loss.logps.tokens import aligned_weights, targets
 
 CHUNK_BYTES = 4 * 2**20
 """Upcast logits held at a time: a few rows of a large vocabulary, small enough to stay in a CPU's cache."""

@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from napo_loss import ops_linear
 from napo_loss.checks import (
     check_backend,
     check_cu_seqlens,
@@ -17,9 +16,10 @@ from napo_loss.checks import (
     check_positions,
     check_positive,
 )
-from napo_loss.tokens import Packing, per_sequence, targets
+from napo_loss.logps import linear_ops
+from napo_loss.logps.tokens import Packing, per_sequence, targets
+from napo_loss.parallel.shards import local_head
 from napo_loss.types import LowRank, SequenceLogps, VocabShard
-from napo_loss.vocabulary import local_head
 
 
 def linear_sequence_logps(
@@ -127,7 +127,7 @@ def linear_sequence_logps(
     needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     needs += [grad and any(x is not None and x.requires_grad for x in (A, B))]
     *numbers, group = columns or ("",)
-    logps = ops_linear.linear_logps(
+    logps = linear_ops.linear_logps(
         hidden[None] if packed else hidden, weight, bias, A, B, target[None] if packed else target,
         [lora_scale, logit_scale or 1.0, softcap or 0.0], ignore_index,
         int(logits_budget or 0), needs, backend, numbers, group,

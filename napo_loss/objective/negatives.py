@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from napo_loss.checks import check_like, check_logps
-from napo_loss.types import PAPER_NEGATIVES, Negative, Recipe, SequenceLogps
+from napo_loss.objective.recipes import PAPER_NEGATIVES, Negative, Recipe
+from napo_loss.types import SequenceLogps
 
 Logps = Tensor | SequenceLogps
 

@@ -1,0 +1,1 @@
+"""Inside the models of transformers."""

@@ -1,0 +1,1 @@
+"""From logits, or hidden states and an lm_head, to sequence log-probs."""

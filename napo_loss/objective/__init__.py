@@ -1,0 +1,1 @@
+"""From sequence log-probs to losses."""
