@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import Wire, examples
 from torch.nn.parallel import DistributedDataParallel
 
-from docs import scale
+import scale
 from napo_loss import (
     Recipe,
     SequenceLogps,
@@ -26,6 +25,7 @@ from napo_loss import (
     sequence_logps,
 )
 from napo_loss.objective import loss as objective
+from ranks import Wire, examples
 
 ROOT = Path(__file__).parent.parent
 seeds = st.integers(0, 2**31)

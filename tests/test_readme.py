@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from docs import scale
+import scale
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
