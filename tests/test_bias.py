@@ -1,6 +1,5 @@
 """Biased negatives with a real (tiny, random) LLaVA: what the model gets to see, what comes back, and resuming."""
 
-import subprocess
 import sys
 from typing import Any
 
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor  # noqa: E402
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 
+import processes  # noqa: E402
 from napo_loss.bias import BiasSettings, add_biased_negatives, natural_noise  # noqa: E402
 from napo_loss.bias.answers import Answers  # noqa: E402
 from napo_loss.bias.removal import remove_image  # noqa: E402
@@ -326,6 +326,6 @@ def test_natural_noise():
 
 def test_napo_loss_alone_needs_none_of_this():
     code = "import sys, napo_loss; assert not {'napo_loss.bias', 'datasets', 'transformers', 'trl'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert processes.run([sys.executable, "-c", code]).returncode == 0
     code = "import sys, napo_loss.bias; assert not {'datasets', 'transformers', 'trl', 'PIL'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert processes.run([sys.executable, "-c", code]).returncode == 0
