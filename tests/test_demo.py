@@ -12,13 +12,14 @@ for package in ("trl", "sklearn", "matplotlib"):
     pytest.importorskip(package)
 
 
-def test_quick_demo(tmp_path):
-    command = [sys.executable, ROOT / "examples/demo.py", "--quick", "--seeds", "2", "--out", tmp_path]
+@pytest.mark.parametrize("seeds", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_quick_demo(seeds, tmp_path):
+    command = [sys.executable, ROOT / "examples/demo.py", "--quick", "--seeds", seeds, "--out", tmp_path]
     run = processes.run(command, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads((tmp_path / "demo.json").read_text())
     assert (tmp_path / "demo.png").stat().st_size > 10_000
-    assert len(report["seeds"]) == 2
+    assert len(report["seeds"]) == seeds
     for arm in ("pre-trained", "DPO", "DPO, group", "NaPO"):
         assert 0 <= report["summary"]["final"][arm]["conflict"]["mean"] <= 1
         assert arm in run.stdout
