@@ -58,7 +58,7 @@ def linear_block(
     with on_device(logits):
         linear_block_kernel[(rows, triton.cdiv(columns, block_v))](
             logits,
-            logits if bias is None else bias,
+            logits if bias is None else bias.contiguous(),
             targets,
             lse,
             w,

@@ -81,7 +81,7 @@ def linear_rows(
     with on_device(logits):
         linear_rows_kernel[(rows,)](
             logits,
-            logits if bias is None else bias,
+            logits if bias is None else bias.contiguous(),
             targets,
             logp,
             lse,

@@ -312,6 +312,17 @@ def test_compiles_without_a_graph_break():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("budget", [1, 2**20])
+def test_a_strided_bias(backend, budget):
+    tensors, labels, _, upstream = example(16)
+    strided = {**tensors, "bias": torch.stack([tensors["bias"], torch.full((37,), 99.0)], 1)[:, 0]}
+    assert not strided["bias"].is_contiguous()
+    options = {"backend": backend, "logits_budget": budget}
+    expected = run(linear_sequence_logps, tensors, labels, upstream, **options)
+    torch.testing.assert_close(run(linear_sequence_logps, strided, labels, upstream, **options), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_are_not_touched(backend):
     tensors, labels, weights, upstream = example(14)
     before = {n: x.clone() for n, x in tensors.items()}
