@@ -18,7 +18,7 @@ from napo_loss.types import (
     VocabShard,
 )
 
-# The link napo_loss/kernels is missing in an unpacked sdist, and a text file in a checkout without symbolic links (Windows).
+# An unpacked sdist lacks the link napo_loss/kernels, a checkout without symbolic links (Windows) has a text file there.
 if not _os.path.isdir(_os.path.join(__path__[0], "kernels")):
     __path__.append(_os.path.dirname(__path__[0]))  # where `kernels` lies
 

@@ -1,4 +1,4 @@
-"""What a user installs: the wheel's contents, its imports, and that importing stays light; an sdist that can test itself."""
+"""What a user installs: the wheel, its imports, and that importing stays light; an sdist that can test itself."""
 
 import os
 import shutil
@@ -128,7 +128,7 @@ def test_the_sdist_tests_itself(built, tmp_path):
 
 
 def installed(folder: Path, *target: str | Path) -> Path:
-    """The interpreter of a fresh environment with the target in it, which borrows this one's torch, triton, setuptools."""
+    """The interpreter of a fresh environment with the target in it, which borrows this one's torch and triton."""
     venv.create(folder, with_pip=False)
     executable = folder / "bin/python"
     borrowed = python("import torch, pathlib; print(pathlib.Path(torch.__file__).parent.parent)").strip()
