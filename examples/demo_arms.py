@@ -22,8 +22,9 @@ NEGATIVES = {
     },
 }
 """``DPO`` sees the rejected alone; ``group`` the biased negatives too, and q = 0 shows what these bring by themselves.
-``NaPO`` has the q that the released code runs, the α that the paper prints, and fixed weights that are one of the triples
-among the released code's commented-out runs; its dynamic weights, the paper's main result, are not tried here. ``equal weights``: a third each, and the rejected are noise-aware too."""
+``NaPO`` has the q that the released code runs, the printed α, and fixed weights that are one of the triples among the
+released code's commented-out runs; dynamic weights, the paper's main result, are not tried here. ``equal weights``: a
+third each, and the rejected are noise-aware too."""
 
 CHOSEN = {
     "DPO": (0.1, 3e-4),
