@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 PAGES = ("DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -19,13 +19,17 @@ PAGES = ("DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 def on_files(files: Files, config: Any) -> Files:
     root = Path(config.config_file_path).parent
+
+    def add(name: str, inclusion: InclusionLevel) -> None:
+        files.append(File.generated(config, name, abs_src_path=str(root / name), inclusion=inclusion))
+
     for name in PAGES:
-        files.append(File.generated(config, name, abs_src_path=str(root / name)))
+        add(name, InclusionLevel.INCLUDED)
     for page in list(files.documentation_pages()):
         for link in LINK.findall(page.content_string):
             name = in_site(link, page.src_uri)
             if files.get_file_from_path(name) is None and (root / name).is_file():
-                files.append(File.generated(config, name, abs_src_path=str(root / name)))
+                add(name, InclusionLevel.NOT_IN_NAV)
     return files
 
 
