@@ -6,20 +6,22 @@ from napo_loss.logps.linear import linear_sequence_logps
 from napo_loss.logps.logits import sequence_logps
 from napo_loss.objective.estimators import noise_level
 from napo_loss.objective.loss import napo_loss, noise_aware_dpo_loss
-from napo_loss.objective.recipes import PAPER_NEGATIVES, Negative, Recipe
+from napo_loss.objective.module import NaPOLoss
+from napo_loss.objective.recipes import DEFAULT_NEGATIVES, Negative, Recipe
 from napo_loss.parallel.reductions import all_reduce_logps
 from napo_loss.types import (
     LowRank,
-    NaPOLoss,
+    NaPOOutput,
     PreferenceLoss,
     SequenceLogps,
     VocabShard,
 )
 
 __all__ = [
-    "PAPER_NEGATIVES",
+    "DEFAULT_NEGATIVES",
     "LowRank",
     "NaPOLoss",
+    "NaPOOutput",
     "Negative",
     "PreferenceLoss",
     "Recipe",

@@ -14,6 +14,7 @@ from napo_loss.kernels.launch import MAX_BLOCK_V, logits_launch
 from napo_loss.logps import ops as logps_ops
 from napo_loss.objective import loss as objective
 from napo_loss.objective import ops as objective_ops
+from napo_loss.objective.negatives import BatchLogps, PreferenceBatch
 
 
 def run_objective(monkeypatch, fused, dtype, pc, pr, refs, lengths, **kwargs):
@@ -115,9 +116,10 @@ def test_logits_kernels_stay_inside_their_buffers(guard_bands, V, dtype):
 
 @pytest.mark.parametrize(("K", "B"), [(1, 1), (3, 5), (5, 1100)])
 def test_objective_kernel_stays_inside_its_buffers(guard_bands, K, B):
-    logps = (torch.randn(B), torch.randn(K, B)) * 2 + (torch.ones(B), torch.ones(K, B))
-    settings = [0.01] * K + [0.0] * K + [float("nan")] * K + [1.0] * K
-    objective_ops.objective(*logps, None, None, settings, [0.1, 0.0, 0.0], True, True)
+    logps = BatchLogps(*(torch.randn(B), torch.randn(K, B)) * 2, torch.ones(B), torch.ones(K, B))
+    recipe = Recipe(weights="dynamic", average_logps=True)
+    call = objective_ops.ObjectiveCall.of(PreferenceBatch(logps, (Negative(),) * K, stacked=True), 0.1, recipe)
+    objective_ops.objective(**call.to_schema())
     assert len(guard_bands) == 7
 
 
