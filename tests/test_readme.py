@@ -201,8 +201,11 @@ DPO, SAME, EQUAL = "NaPO minus DPO", "NaPO minus DPO, group", "the same, equal w
     [
         (
             README.partition("## Does it work?")[2],
-            [("demo", DPO, ALL), ("demo", DPO, LANGUAGE), ("demo", DPO, VISION), ("demo", SAME, ALL)]
-            + [("demo", EQUAL, ALL), ("demo-xeon", DPO, ALL)],
+            [
+                *(("demo", DPO, column) for column in (ALL, LANGUAGE, VISION)),
+                *(("demo", arms, ALL) for arms in (SAME, EQUAL)),
+                ("demo-xeon", DPO, ALL),
+            ],
         ),
         (
             read("docs/demo.md").partition("## What it shows")[2],
@@ -221,8 +224,7 @@ def test_the_shares_on_the_demo_page_are_those_of_its_run():
     result = report["summary"]
     right = result["negatives in fact right"]
     last = {
-        arm: share["last step"]
-        for arm, share in result["share of the gradient that teaches the wrong answer"].items()
+        arm: share["last step"] for arm, share in result["share of the gradient that teaches the wrong answer"].items()
     }
     wanted = [right["question_only"], right["image_only"], last["DPO"], last["NaPO"]]
     wanted += [last["DPO, group, equal weights"], last["NaPO, equal weights"]]
