@@ -11,7 +11,7 @@ What drives the committed run (docs/demo.md has its table, results/demo.json all
 - Flipped pairs against a right biased answer teach the wrong thing. DPO pulls hardest on what it fits worst, which
   after a while is these; the factor p^q damps them. "Share of the gradient" measures that, at the last weights; it
   depends on beta and the learning rate too, and these differ between arms.
-- q is not adaptive for ``image_only``: two-token answers have margins of a few nats, the published alpha = 0.01 supposes
+- q is not adaptive for ``image_only``: two-token answers have margins of a few nats, where alpha = 0.01 supposes
   hundreds, so q stays at 1 and the term is a plain mean absolute error.
 
 Four seeds cannot tell differences of a few points from chance. How settings were chosen: demo_tune.py.

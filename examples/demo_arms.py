@@ -22,8 +22,8 @@ NEGATIVES = {
     },
 }
 """``DPO`` sees the rejected alone; ``group`` the biased negatives too, and q = 0 shows what these bring by themselves.
-``NaPO`` has the default settings of the three names, whose fixed weights are among the released code's commented-out runs
-and not the paper's. ``equal weights``: a third each, and the rejected are noise-aware too."""
+``NaPO`` has the default settings of the three names, whose fixed weights are those of a commented-out run of the
+released code. ``equal weights``: a third each, and the rejected are noise-aware too."""
 
 CHOSEN = {
     "DPO": (0.1, 3e-4),
