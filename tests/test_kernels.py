@@ -82,6 +82,20 @@ def test_fused_objective_in_two_halves(monkeypatch):
     assert torch.equal(whole.q, halves.q)
 
 
+def test_fused_objective_reads_strided_arguments(monkeypatch):
+    """Columns of larger tensors, as a caller keeps a history."""
+    logps, history = -50 * torch.rand(4, 8), torch.rand(3, 2)
+    args = (logps[:, 0], logps[:, 1:4].t(), logps[:, 4], logps[:, 5:8].t())
+    outs = []
+    for fused in (False, True):
+        monkeypatch.setattr(objective, "_can_fuse", lambda *_, fused=fused: fused)
+        outs.append(napo_loss(*args, recipe=Recipe(Negative(), decay=0.5), previous_q=history[:, -1]))
+    torch.testing.assert_close(outs[1].q, outs[0].q)
+    torch.testing.assert_close(outs[1].losses, outs[0].losses)
+    with pytest.raises(ValueError, match=r"previous_q must be the .q of the step before, \[3\], got shape \[3, 4\]"):
+        napo_loss(*args, recipe=Recipe(Negative(), decay=0.5), previous_q=torch.rand(3, 4))
+
+
 @pytest.fixture
 def guard_bands(monkeypatch):
     """Every buffer that a launcher allocates gets 64 sentinels on both sides, checked at the end."""

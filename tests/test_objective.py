@@ -194,8 +194,8 @@ def test_q_depends_on_accumulation_unless_the_caller_estimates_it_once():
 # napo_loss
 
 
-def published(pc, negatives, rc, references, lengths, beta=0.1):
-    """The published objective in numpy, float64: fixed weights, q per kind from its own margin and α."""
+def released(pc, negatives, rc, references, lengths, beta=0.1):
+    """What the released code runs with one of its fixed triples of weights, in numpy, float64."""
     sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
     recipe = {"rejected": (None, None, 0.04), "question_only": (0.5, "mean", 0.48), "image_only": (0.01, "sum", 0.48)}
     total, qs = 0.0, {}
@@ -214,7 +214,7 @@ def published(pc, negatives, rc, references, lengths, beta=0.1):
 
 
 @given(seeds, st.integers(1, 6), st.permutations(list(DEFAULT_NEGATIVES)))
-def test_the_defaults_reproduce_the_published_objective(seed, B, names):
+def test_the_defaults_are_what_the_released_code_runs_with_fixed_weights(seed, B, names):
     pc, pr, rc, rr = four(seed, B, K=3, scale=300.0)
     length = {name: 1 + logps(seed + i, B).abs().round() for i, name in enumerate(["chosen", *names])}
     out = napo_loss(
@@ -224,7 +224,7 @@ def test_the_defaults_reproduce_the_published_objective(seed, B, names):
         {name: rr[k] for k, name in enumerate(names)},
     )
     arrays = [{name: x[k].numpy() for k, name in enumerate(names)} for x in (pr, rr)]
-    losses, qs = published(pc.numpy(), arrays[0], rc.numpy(), arrays[1], {n: x.numpy() for n, x in length.items()})
+    losses, qs = released(pc.numpy(), arrays[0], rc.numpy(), arrays[1], {n: x.numpy() for n, x in length.items()})
     np.testing.assert_allclose(out.losses.numpy(), losses, rtol=1e-9, atol=1e-12)  # 1 − p**q cancels
     assert {n: out.q[k].item() for k, n in enumerate(names) if n in qs} == pytest.approx(qs)
     assert out.q[names.index("rejected")] == 0

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 
 from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, sequence_logps
@@ -83,7 +84,7 @@ def test_compiles_as_one_graph(backend, fused, monkeypatch):
 
 def test_does_not_recompile_for_new_batch_sizes_forever():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(lambda x, y: sequence_logps(x, y).sum, fullgraph=True, backend=counter)
     for T in range(3, 9):
         compiled(torch.randn(2, T, 7), torch.zeros(2, T, dtype=torch.long))
