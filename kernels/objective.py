@@ -6,13 +6,12 @@ launch. The unscaled gradient of every log-prob is written beside the losses: ba
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from napo_loss.kernels.launch import on_device
+from napo_loss.kernels.objective_records import Constants, Outputs, Settings, Switches
 from napo_loss.kernels.sigmoid import expm1, log_sigmoid
 
 TILE = 1024  # elements of a [K, B] tile
@@ -167,45 +166,6 @@ def objective_kernel(
                 grad /= rejected_length
             tl.store(dlogps_ptr + b, grad_chosen, mask=in_b)
             tl.store(dlogps_ptr + B + at, -grad, mask=inside)
-
-
-class Constants(NamedTuple):
-    """Constants that the kernel shares with the eager path."""
-
-    Q_LOW: float
-    Q_HIGH: float
-    MIN_Q: float
-    WEIGHT_FLOOR: float
-    MIN_LENGTH: float
-
-
-class Settings(NamedTuple):
-    """Of each negative, in the order of the rows; ``[K]`` float32 on the device."""
-
-    alpha: torch.Tensor
-    reads_mean: torch.Tensor  # 0 or 1: whether q is read from per-token means
-    fixed_q: torch.Tensor  # NaN where q is estimated
-    weight: torch.Tensor
-
-
-class Switches(NamedTuple):
-    """What the kernel is compiled for."""
-
-    AVERAGE: bool  # the loss reads per-token means
-    DYNAMIC: bool  # weights are shares of the mean reward margins
-    COMPUTE_LOSS: bool  # False: the means alone, which other ranks wait for
-
-
-class Outputs(NamedTuple):
-    """Float32."""
-
-    means: torch.Tensor  # [2, K]: of the margin behind q, and of the reward margin
-    losses: torch.Tensor  # [B]
-    chosen_rewards: torch.Tensor  # [B]
-    rejected_rewards: torch.Tensor  # [K, B]
-    q: torch.Tensor  # [K]
-    weights: torch.Tensor  # [K]
-    dlogps: torch.Tensor  # [1 + K, B]: dloss_b/dlogπ of the chosen and of its negatives
 
 
 def objective(
