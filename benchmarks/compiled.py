@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from napo_loss.objective import eager
 from napo_loss.objective.estimators import Q_BOUNDS
+from napo_loss.objective.negatives import BatchLogps
 from napo_loss.types import MIN_LENGTH
 
 TARGETS = {
@@ -57,7 +59,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     from napo_loss.kernels.logps_backward import logps_backward
     from napo_loss.kernels.logps_forward import Partials, logps_forward
     from napo_loss.kernels.logps_reduce import logps_reduce
-    from napo_loss.kernels.objective import Constants, objective
+    from napo_loss.kernels.objective import objective
+    from napo_loss.kernels.objective_records import Constants, Settings, Switches
 
     labels = torch.zeros(1, 2, dtype=torch.int64)
     weights = torch.ones(1, 2)
@@ -66,8 +69,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     # Every integer is 1 here, which Triton turns into a constant.
     one = torch.empty(1, 1, 1)
     yield "all ones", lambda: logps_forward(one, labels[:, :1], 1, -100)
-    partial = Partials(peak=one[0], total=one[0], target=one[0, 0])
-    yield "all ones", lambda: logps_reduce(partial, labels[:, :1].contiguous(), None, 1, -100)
+    shares = Partials(peak=one[0], total=one[0], target=one[0, 0])
+    yield "all ones", lambda: logps_reduce(shares, labels[:, :1].contiguous(), None, 1, -100)
     yield "all ones", lambda: logps_backward(grad_sum, one, labels[:, :1], None, lse[:, :1], one, 1, -100)
     for name, dtype in DTYPES.items():
         for V in (1, 50257, 128256):
@@ -102,12 +105,12 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for K, B in ((1, 1), (3, 64)):
         row, rows = torch.zeros(B), torch.zeros(K, B)
         for average, dynamic in ((False, False), (True, True)):
-            switches = {"AVERAGE": average, "DYNAMIC": dynamic, "COMPUTE_LOSS": True}
+            switches = Switches(average, dynamic, COMPUTE_LOSS=True)
+            logps = BatchLogps(row, rows, row, rows, row, rows)._asdict()
+            settings = Settings(*torch.zeros(4, K))
             yield (
                 f"K={K} B={B}" + " average dynamic" * average,
-                lambda row=row, rows=rows, switches=switches, K=K: objective(
-                    (row, rows) * 3, torch.zeros(4, K), None, None, (0.1, 0.0, 0.0), constants, switches=switches
-                ),
+                partial(objective, logps, settings, None, None, constants, switches, beta=0.1),
             )
 
 

@@ -36,7 +36,7 @@ def add_biased_negatives(
         kinds: ``"question_only"``, ``"image_only"`` or both.
         image_removal: what ``question_only`` sees. ``"mask"``: every pixel at the image's mean colour;
             ``"blank"``: black; ``"noise"``: uniform noise; ``"crop"``: a random crop with 1-20 % of the area,
-            resized back, which is what the published code trains with and which leaves some information.
+            resized back, which leaves some information (the released code has such a helper and never calls it).
         settings: the rest, see :class:`BiasSettings`.
         batch_size: prompts generated at once.
         cache_dir: folder for one JSON-lines file per kind. An interrupted run continues from there; a file of

@@ -21,7 +21,7 @@ class BiasSettings:
         max_new_tokens: length of an answer.
         temperature: 0 is greedy; above, answers are sampled with one seed per batch.
         seed: of noise, crops and sampling.
-        crop_area: smallest and largest share of the area that ``"crop"`` keeps, as published.
+        crop_area: smallest and largest share of the area that ``"crop"`` keeps; these are the released helper's.
         question_pattern: regular expression whose group ``question`` is the question in a plain-text prompt.
     """
 

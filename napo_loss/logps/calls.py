@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ class SavedCall(Call):
 
     @staticmethod
     def save(ctx, schema: Sequence[Any], **outputs: Tensor) -> None:
-        """Keeps a schema's arguments: tensors where autograd looks after them, the rest beside."""
+        """Keeps a schema's values: tensors where autograd looks after them, the rest beside."""
         ctx.rest = [None if isinstance(x, Tensor) else x for x in schema]
         ctx.places = [i for i, x in enumerate(schema) if isinstance(x, Tensor)]
         ctx.outputs = tuple(outputs)
@@ -42,9 +42,14 @@ class SavedCall(Call):
         return call, dict(zip(ctx.outputs, tensors, strict=True))
 
 
-@dataclass
+@dataclass(frozen=True)
 class LogitsCall(SavedCall):
     """Sequence log-probs from all the logits, and their backward."""
+
+    SCHEMA: ClassVar[dict[str, str]] = {
+        "logits": "Tensor", "labels": "Tensor", "token_weights": "Tensor?", "shift": "SymInt", "ignore_index": "SymInt",
+        "inplace_backward": "bool", "backend": "str",
+    }  # fmt: skip
 
     logits: Tensor  # [N, T, V]
     labels: Tensor  # [N, T]
@@ -53,11 +58,6 @@ class LogitsCall(SavedCall):
     ignore_index: int = -100
     inplace_backward: bool = False
     backend: str = "auto"
-
-    SCHEMA = (
-        "Tensor logits, Tensor labels, Tensor? token_weights, SymInt shift, SymInt ignore_index, "
-        "bool inplace_backward, str backend"
-    )
 
     @classmethod
     def of_targets(
@@ -75,23 +75,23 @@ class LogitsCall(SavedCall):
 
     def to_schema(self) -> dict[str, Any]:
         return {
-            "logits": self.logits,
-            "labels": self.labels,
-            "token_weights": self.token_weights,
-            "shift": self.shift,
-            "ignore_index": self.ignore_index,
-            "inplace_backward": self.inplace_backward,
-            "backend": self.backend,
-        }
+            "logits": self.logits, "labels": self.labels, "token_weights": self.token_weights, "shift": self.shift,
+            "ignore_index": self.ignore_index, "inplace_backward": self.inplace_backward, "backend": self.backend,
+        }  # fmt: skip
 
     @classmethod
-    def from_schema(cls, logits, labels, token_weights, shift, ignore_index, inplace_backward, backend) -> LogitsCall:
-        return cls(logits, labels, token_weights, shift, ignore_index, inplace_backward, backend)
+    def from_schema(cls, *values: Any) -> LogitsCall:
+        return cls(**cls.named(values))
 
 
-@dataclass
+@dataclass(frozen=True)
 class ShardedCall(SavedCall):
     """Token log-probs from the logits of some columns of the vocabulary."""
+
+    SCHEMA: ClassVar[dict[str, str]] = {
+        "logits": "Tensor", "targets": "Tensor", **Columns.SCHEMA, "ignore_index": "SymInt",
+        "inplace_backward": "bool", "backend": "str",
+    }  # fmt: skip
 
     logits: Tensor  # [N, T, columns]
     targets: Tensor  # [N, T]: labels, aligned with the positions that predict them
@@ -100,33 +100,30 @@ class ShardedCall(SavedCall):
     inplace_backward: bool = False
     backend: str = "auto"
 
-    SCHEMA = (
-        "Tensor logits, Tensor targets, SymInt[] columns, str group_name, SymInt ignore_index, "
-        "bool inplace_backward, str backend"
-    )
-
     def to_schema(self) -> dict[str, Any]:
         return {
-            "logits": self.logits,
-            "targets": self.targets,
-            **self.columns.to_schema(),
-            "ignore_index": self.ignore_index,
-            "inplace_backward": self.inplace_backward,
-            "backend": self.backend,
-        }
+            "logits": self.logits, "targets": self.targets, **self.columns.to_schema(),
+            "ignore_index": self.ignore_index, "inplace_backward": self.inplace_backward, "backend": self.backend,
+        }  # fmt: skip
 
     @classmethod
-    def from_schema(cls, logits, targets, columns, group_name, ignore_index, inplace_backward, backend) -> ShardedCall:
-        here = Columns.from_schema(columns, group_name)
-        return cls(logits, targets, here, ignore_index, inplace_backward, backend)
+    def from_schema(cls, *values: Any) -> ShardedCall:
+        given = cls.named(values)
+        columns = Columns.from_schema(given.pop("columns"), given.pop("group_name"))
+        return cls(columns=columns, **given)
 
 
-@dataclass
+@dataclass(frozen=True)
 class LinearCall(SavedCall):
     """Token log-probs from hidden states and the lm_head, and their backward.
 
     An operator runs below autograd and cannot see whose gradient will be asked for, so ``needs`` says it.
     """
+
+    SCHEMA: ClassVar[dict[str, str]] = {
+        "hidden": "Tensor", **Head.SCHEMA, "targets": "Tensor", "needs": "bool[]", **Columns.SCHEMA,
+        "ignore_index": "SymInt", "budget": "SymInt", "backend": "str",
+    }  # fmt: skip
 
     hidden: Tensor  # [N, T, D]
     head: Head
@@ -136,11 +133,6 @@ class LinearCall(SavedCall):
     ignore_index: int
     budget: int  # bytes of logits-sized memory; 0 for the default
     backend: str
-
-    SCHEMA = (
-        "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, Tensor targets, float[] scalars, "
-        "bool[] needs, SymInt[] columns, str group_name, SymInt ignore_index, SymInt budget, str backend"
-    )
 
     @classmethod
     def of(
@@ -158,40 +150,19 @@ class LinearCall(SavedCall):
         return cls(hidden, head, targets, Needs.of(hidden, head), columns, ignore_index, budget, backend)
 
     def to_schema(self) -> dict[str, Any]:
-        head = self.head
         return {
-            "hidden": self.hidden,
-            "weight": head.weight,
-            "bias": head.bias,
-            "lora_A": head.lora_A,
-            "lora_B": head.lora_B,
-            "targets": self.targets,
-            "scalars": [head.lora_scale, head.logit_scale, head.softcap],
-            "needs": list(self.needs),
-            **(self.columns.to_schema() if self.columns else ALL_COLUMNS),
-            "ignore_index": self.ignore_index,
-            "budget": self.budget,
-            "backend": self.backend,
-        }
+            "hidden": self.hidden, **self.head._asdict(), "targets": self.targets, "needs": list(self.needs),
+            **(self.columns.to_schema() if self.columns else ALL_COLUMNS), "ignore_index": self.ignore_index,
+            "budget": self.budget, "backend": self.backend,
+        }  # fmt: skip
 
     @classmethod
-    def from_schema(  # noqa: PLR0913, the one place where the flat list stands
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        targets: Tensor,
-        scalars: Sequence[float],
-        needs: Sequence[bool],
-        columns: Sequence[int],
-        group_name: str,
-        ignore_index: int,
-        budget: int,
-        backend: str,
-    ) -> LinearCall:
-        lora_scale, logit_scale, softcap = scalars
-        head = Head(weight, bias, lora_A, lora_B, lora_scale, logit_scale, softcap)
-        here = Columns.from_schema(columns, group_name) if columns else None
-        return cls(hidden, head, targets, Needs(*needs), here, ignore_index, budget, backend)
+    def from_schema(cls, *values: Any) -> LinearCall:
+        given = cls.named(values)
+        columns, group_name = given.pop("columns"), given.pop("group_name")
+        return cls(
+            head=Head(**{name: given.pop(name) for name in Head.SCHEMA}),
+            needs=Needs(*given.pop("needs")),
+            columns=Columns.from_schema(columns, group_name) if columns else None,
+            **given,
+        )

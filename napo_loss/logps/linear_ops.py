@@ -12,14 +12,14 @@ from napo_loss.logps.memory import default_budget
 from napo_loss.logps.records import Gradients, Saved, Steps
 from napo_loss.logps.sharded import ShardedSteps
 
-FORWARD = f"({LinearCall.SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-BACKWARD = f"(Tensor grad, Tensor[] saved, {LinearCall.SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+FORWARD = LinearCall.signature(f"({', '.join(['Tensor'] * (1 + len(Saved._fields)))})")
+BACKWARD = LinearCall.signature(f"({', '.join(['Tensor'] * len(Gradients._fields))})", grad="Tensor", saved="Tensor[]")
 
 
 @torch.library.custom_op("napo_loss::linear_logps", mutates_args=(), schema=FORWARD)
-def linear_logps(*schema) -> tuple[Tensor, ...]:
+def linear_logps(*values) -> tuple[Tensor, ...]:
     """``logp [N, T]`` and the five tensors of :class:`napo_loss.logps.records.Saved`."""
-    call = LinearCall.from_schema(*schema)
+    call = LinearCall.from_schema(*values)
     if not uses_triton(call.backend, call.hidden):
         V = call.columns.V if call.columns else call.head.weight.shape[0]
         eager.check_range(call.targets, V, call.ignore_index)
@@ -29,8 +29,8 @@ def linear_logps(*schema) -> tuple[Tensor, ...]:
 
 
 @linear_logps.register_fake
-def _(*schema):
-    call = LinearCall.from_schema(*schema)
+def _(*values):
+    call = LinearCall.from_schema(*values)
     active, kept = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
     rows = call.targets.new_empty(active, dtype=torch.int64)
     logp = call.hidden.new_empty(call.targets.shape, dtype=accumulation_dtype(call.hidden))
@@ -38,17 +38,17 @@ def _(*schema):
 
 
 @torch.library.custom_op("napo_loss::linear_logps_backward", mutates_args=(), schema=BACKWARD)
-def linear_logps_backward(grad: Tensor, saved: list[Tensor], *schema) -> tuple[Tensor, ...]:
+def linear_logps_backward(grad: Tensor, saved: list[Tensor], *values) -> tuple[Tensor, ...]:
     """The tensors of :class:`napo_loss.logps.records.Gradients`; empty where not needed."""
-    call = LinearCall.from_schema(*schema)
+    call = LinearCall.from_schema(*values)
     with torch.autocast(call.hidden.device.type, enabled=False):
         found = factored.backward(grad, call, Saved(*saved), _budget(call), _steps(call))
     return found.to_schema(call.hidden)
 
 
 @linear_logps_backward.register_fake
-def _(grad, saved, *schema):
-    call = LinearCall.from_schema(*schema)
+def _(grad, saved, *values):
+    call = LinearCall.from_schema(*values)
     head = call.head
     tensors = [call.hidden, head.weight, head.bias, head.lora_A, head.lora_B]
     asked = Gradients.from_schema(tensors, call.needs)

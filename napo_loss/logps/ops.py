@@ -14,14 +14,15 @@ from napo_loss.backend import accumulation_dtype, no_double_backward, uses_trito
 from napo_loss.logps import eager
 from napo_loss.logps.calls import LogitsCall
 
-FORWARD = f"({LogitsCall.SCHEMA}) -> (Tensor, Tensor, Tensor)"
-BACKWARD = f"(Tensor grad_sum, Tensor lse, {LogitsCall.SCHEMA})"
+FORWARD = LogitsCall.signature("(Tensor, Tensor, Tensor)")
+BACKWARD = LogitsCall.signature("Tensor", grad_sum="Tensor", lse="Tensor")
+INPLACE = LogitsCall.signature("()", grad_sum="Tensor", lse="Tensor").replace("Tensor logits", "Tensor(a!) logits")
 
 
 @torch.library.custom_op("napo_loss::sequence_logps", mutates_args=(), schema=FORWARD)
-def sequence_logps(*schema) -> tuple[Tensor, Tensor, Tensor]:
+def sequence_logps(*values) -> tuple[Tensor, Tensor, Tensor]:
     """``sum [N]``, ``length [N]`` and, for the kernels' backward, ``lse [N, T]``; float32 (float64 for float64)."""
-    call = LogitsCall.from_schema(*schema)
+    call = LogitsCall.from_schema(*values)
     if uses_triton(call.backend, call.logits):
         from napo_loss.kernels.logps_forward import logps_forward
         from napo_loss.kernels.logps_reduce import logps_reduce
@@ -32,8 +33,8 @@ def sequence_logps(*schema) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @sequence_logps.register_fake
-def _(*schema):
-    call = LogitsCall.from_schema(*schema)
+def _(*values):
+    call = LogitsCall.from_schema(*values)
     N, T, _ = call.logits.shape
     dtype = accumulation_dtype(call.logits)
     sums, lengths = (call.logits.new_empty(N, dtype=dtype) for _ in range(2))
@@ -41,28 +42,24 @@ def _(*schema):
     return sums, lengths, lse
 
 
-@torch.library.custom_op("napo_loss::sequence_logps_backward", mutates_args=(), schema=f"{BACKWARD} -> Tensor")
-def sequence_logps_backward(grad_sum: Tensor, lse: Tensor, *schema) -> Tensor:
+@torch.library.custom_op("napo_loss::sequence_logps_backward", mutates_args=(), schema=BACKWARD)
+def sequence_logps_backward(grad_sum: Tensor, lse: Tensor, *values) -> Tensor:
     """``dlogits [N, T, V]`` in the dtype of the logits."""
-    call = LogitsCall.from_schema(*schema)
+    call = LogitsCall.from_schema(*values)
     dlogits = torch.empty_like(call.logits)
     _write_dlogits(dlogits, grad_sum, lse, call)
     return dlogits
 
 
 @sequence_logps_backward.register_fake
-def _(grad_sum, lse, *schema):
-    return torch.empty_like(LogitsCall.from_schema(*schema).logits)
+def _(grad_sum, lse, *values):
+    return torch.empty_like(LogitsCall.from_schema(*values).logits)
 
 
-@torch.library.custom_op(
-    "napo_loss::sequence_logps_backward_",
-    mutates_args=("logits",),
-    schema=BACKWARD.replace("Tensor logits", "Tensor(a!) logits") + " -> ()",
-)
-def sequence_logps_backward_(grad_sum: Tensor, lse: Tensor, *schema) -> None:
+@torch.library.custom_op("napo_loss::sequence_logps_backward_", mutates_args=("logits",), schema=INPLACE)
+def sequence_logps_backward_(grad_sum: Tensor, lse: Tensor, *values) -> None:
     """The same, written over the logits."""
-    call = LogitsCall.from_schema(*schema)
+    call = LogitsCall.from_schema(*values)
     _write_dlogits(call.logits, grad_sum, lse, call)
 
 

@@ -20,6 +20,11 @@ class Head(NamedTuple):
     ``z = softcap·tanh(y/softcap)``, ``y = logit_scale·(raw + bias)``; softcap 0: ``z = y``.
     """
 
+    SCHEMA = {  # noqa: RUF012, a NamedTuple cannot say ClassVar
+        "weight": "Tensor", "bias": "Tensor?", "lora_A": "Tensor?", "lora_B": "Tensor?", "lora_scale": "float",
+        "logit_scale": "float", "softcap": "float",
+    }  # fmt: skip
+
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     lora_A: Tensor | None  # [r, D]

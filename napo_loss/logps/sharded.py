@@ -17,17 +17,16 @@ from napo_loss.parallel.reductions import all_reduce
 
 MASKED = -1
 """The local target of a masked position: unlike -100, no shift of a label by its shard's start gives it."""
+FORWARD = ShardedCall.signature("(Tensor, Tensor, Tensor)")
 
 
-@torch.library.custom_op(
-    "napo_loss::sharded_logps", mutates_args=(), schema=f"({ShardedCall.SCHEMA}) -> (Tensor, Tensor, Tensor)"
-)
-def sharded_logps(*schema) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op("napo_loss::sharded_logps", mutates_args=(), schema=FORWARD)
+def sharded_logps(*values) -> tuple[Tensor, Tensor, Tensor]:
     """``logp [N, T]``, 0 where masked, and for backward ``lse [N, T]`` and the targets ``[N, T]`` among these columns.
 
     One host sync, the number of active positions.
     """
-    call = ShardedCall.from_schema(*schema)
+    call = ShardedCall.from_schema(*values)
     logits, targets, columns = call.logits, call.targets, call.columns
     triton = uses_triton(call.backend, logits)
     if not triton:
@@ -59,8 +58,8 @@ def _spread(
 
 
 @sharded_logps.register_fake
-def _(*schema):
-    call = ShardedCall.from_schema(*schema)
+def _(*values):
+    call = ShardedCall.from_schema(*values)
     logp = call.logits.new_empty(call.targets.shape, dtype=accumulation_dtype(call.logits))
     return logp, torch.empty_like(logp), call.targets.new_empty(call.targets.shape)
 

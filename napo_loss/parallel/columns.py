@@ -27,6 +27,8 @@ ALL_COLUMNS: dict[str, Any] = {"columns": [], "group_name": ""}
 class Columns(NamedTuple):
     """The columns of the vocabulary on this rank, in numbers and a name that an operator's schema can hold."""
 
+    SCHEMA = {"columns": "SymInt[]", "group_name": "str"}  # noqa: RUF012, a NamedTuple cannot say ClassVar
+
     start: int
     count: int
     V: int
