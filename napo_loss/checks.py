@@ -22,7 +22,7 @@ def check_tensor(name: str, x: object) -> None:
 
 def check_positive(name: str, value: object) -> None:
     """A number of Python or numpy."""
-    if not (isinstance(value, Real) and math.isfinite(value) and float(value) > 0):
+    if not (isinstance(value, Real) and 0 < float(value) < math.inf):
         raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
 
 

@@ -311,6 +311,15 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(run(function, tensors, labels, upstream, **kwargs), expected)
 
 
+def test_compiles_with_numbers_that_change():
+    tensors, labels, _, upstream = example(17)
+    function = torch.compile(linear_sequence_logps, fullgraph=True, backend="aot_eager")
+    for softcap in (3.0, 4.0, 5.0):
+        options = {"softcap": softcap, "logit_scale": 1 / softcap, "logits_budget": int(1000 * softcap)}
+        expected = run(linear_sequence_logps, tensors, labels, upstream, **options)
+        torch.testing.assert_close(run(function, tensors, labels, upstream, **options), expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("budget", [1, 2**20])
 def test_a_strided_bias(backend, budget):
