@@ -87,8 +87,6 @@ def read_released(
     names = check_schema(paths)
     folder: Any = None if cache_dir is None else str(cache_dir)  # None is its default, which its annotation forgets
     stored: Any = Dataset.from_parquet([str(p) for p in paths], cache_dir=folder)
-    if not len(stored):
-        raise ValueError(f"{', '.join(map(str, paths))}: no rows")
     check_filled(stored, names)
     answers = [name for name in LISTED if name in names]
     listed = LISTED[: len(parse_logps(stored[0]["logps"], 0)) // 3] if "logps" in names else ()
@@ -133,7 +131,8 @@ def write_released(dataset: Dataset, path: str | os.PathLike) -> None:
     Example:
         See :func:`read_released`.
     """
-    from datasets import Image, List, concatenate_datasets
+    from datasets import Features, Image, List, concatenate_datasets
+    from datasets.table import embed_table_storage
 
     answers, listed = check_columns(dataset)
     image = "image" if "image" in dataset.column_names else "images"
@@ -149,12 +148,15 @@ def write_released(dataset: Dataset, path: str | os.PathLike) -> None:
         load_from_cache_file=False,
     )
     pictures = dataset.select_columns(image)
+    if image == "images" or any(chunk.field("bytes").null_count for chunk in dataset.data.column(image).chunks):
+        pictures = pictures.with_format("arrow").map(embed_table_storage, batched=True, load_from_cache_file=False)
+        pictures = pictures.with_format(None)
     if image == "images":
         pictures = pictures.cast_column("images", List(Image(decode=False))).map(
             only_image,
             with_indices=True,
             remove_columns="images",
-            features=image_features(),
+            features=Features({"image": Image()}),
             load_from_cache_file=False,
         )
     rest = dataset.remove_columns([*taken, image])
@@ -165,6 +167,7 @@ def write_released(dataset: Dataset, path: str | os.PathLike) -> None:
         made = made.add_column("idx", list(range(len(dataset))))
     parts = [made, pictures, rest] if rest.column_names else [made, pictures]
     whole = concatenate_datasets(parts, axis=1)
+    check_filled(whole, [])
     first = [c for c in ("question", "chosen", "rejected", "image", *KINDS, "logps") if c in whole.column_names]
     whole.select_columns([*first, *(c for c in whole.column_names if c not in first)]).to_parquet(str(path))
 
@@ -207,12 +210,7 @@ def released_features(answers: Sequence[str], listed: Sequence[str]) -> Any:
 
 
 def only_image(row: dict[str, Any], index: int) -> dict[str, Any]:
-    if len(row["images"]) != 1:
-        raise ValueError(f"row {index}: the released format holds one image, the row has {len(row['images'])}")
-    return {"image": row["images"][0]}
-
-
-def image_features() -> Any:
-    from datasets import Features, Image
-
-    return Features({"image": Image()})
+    images = row["images"] or []
+    if len(images) != 1:
+        raise ValueError(f"row {index}: the released format holds one image, the row has {len(images)}")
+    return {"image": images[0]}

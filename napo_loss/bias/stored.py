@@ -56,6 +56,8 @@ def parsed_columns(batch: Sequence[Any], rows: Sequence[int], names: Sequence[st
 
 def question_of(prompt: Any, row: int) -> str:
     """The question of one turn: of a conversation its text, of plain text what its role markers leave."""
+    if prompt is None:
+        raise ValueError(f"row {row}: prompt is null")
     if isinstance(prompt, str):
         match = re.search(QUESTION, prompt)
         question = without_placeholders(match["question"] if match else prompt, "<image>").strip()
@@ -68,6 +70,8 @@ def question_of(prompt: Any, row: int) -> str:
 
 
 def answer_of(answer: Any, name: str, row: int) -> str:
+    if answer is None:
+        raise ValueError(f"row {row}: {name} is null")
     if isinstance(answer, str):
         return answer
     if [m["role"] for m in answer] != ["assistant"]:
@@ -93,7 +97,10 @@ def check_schema(paths: Sequence[Any]) -> list[str]:
     for path in paths:
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no file {str(path)!r}")
-        schema = pq.read_schema(path)
+        file = pq.read_metadata(path)
+        if not file.num_rows:
+            raise ValueError(f"{path} holds no rows")
+        schema = file.schema.to_arrow_schema()
         if missing := [name for name in ("question", "chosen", "rejected", "image") if name not in schema.names]:
             raise ValueError(f"{path} lacks the columns {missing}, it has {schema.names}")
         if taken := {"prompt", "images"} & set(schema.names):
