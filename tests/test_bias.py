@@ -204,7 +204,7 @@ def test_what_the_released_code_runs():
     assert (settings.image_removal, settings.instruction) == ("omit", None)
 
 
-def test_beams_are_beams_whatever_the_batch_and_the_checkpoint_say(model, processor, monkeypatch):
+def test_beams_are_beams_whatever_the_batch_and_the_checkpoint_say(model, processor, seen, monkeypatch):
     greedy = add_biased_negatives(strings(6), model, processor, settings=replace(RELEASED, num_beams=1), batch_size=6)
     whole = add_biased_negatives(strings(6), model, processor, settings=RELEASED, batch_size=6)
     assert whole["image_only"] != greedy["image_only"]
@@ -214,6 +214,8 @@ def test_beams_are_beams_whatever_the_batch_and_the_checkpoint_say(model, proces
         again = add_biased_negatives(strings(6), model, processor, settings=RELEASED, batch_size=batch_size)
         assert again["question_only"] == whole["question_only"]
         assert again["image_only"] == whole["image_only"]
+    used = seen[-1]["generation_config"]  # what is None there, the checkpoint decides
+    assert (used.num_beams, used.length_penalty, used.early_stopping, used.do_sample) == (3, 1.0, False, False)
 
 
 @pytest.mark.parametrize(
