@@ -121,7 +121,8 @@ def _join(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first.flatten(), second.flatten()])
 
 
-class LowRank(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class LowRank(Record, tensors=("weight", "lora_A", "lora_B")):
     """An lm_head with LoRA factors beside it: ``weight + scale·lora_B·lora_A``, which is never formed.
 
     Attributes:
@@ -137,7 +138,8 @@ class LowRank(NamedTuple):
     scale: float = 1.0
 
 
-class VocabShard(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class VocabShard(Record, tensors=("local",)):
     """The columns of a vocabulary that this rank of a process group holds, where tensor parallelism splits it.
 
     Stands in for ``logits`` or ``weight``; positions and labels are the same on every rank of the group, and so is what
