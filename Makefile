@@ -3,6 +3,7 @@
 # make test-all  environment + all tests, those marked slow too
 # make lint   environment + ruff, pyright
 # make bench  environment + the benchmarks of this machine
+# make docs   environment + the documentation, in site/
 #
 # Each installs what it needs into .venv, from pyproject.toml with the versions tested in constraints.txt. To use an
 # environment that you have (CUDA torch, say), name its interpreter: make test PYTHON=$(which python) VENV=
@@ -10,7 +11,7 @@ VENV := .venv
 BASE_PYTHON := python3
 PYTHON := $(if $(VENV),$(VENV)/bin/python,$(BASE_PYTHON))
 
-.PHONY: demo test test-all lint bench
+.PHONY: demo test test-all lint bench docs
 demo: $(if $(VENV),$(VENV)/.demo)
 	$(PYTHON) examples/demo.py
 
@@ -28,6 +29,9 @@ lint: $(if $(VENV),$(VENV)/.dev)
 
 bench: $(if $(VENV),$(VENV)/.bench)
 	$(PYTHON) -m benchmarks
+
+docs: $(if $(VENV),$(VENV)/.docs)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 $(VENV)/bin/python:
 	$(BASE_PYTHON) -m venv $(VENV)

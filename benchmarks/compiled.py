@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from napo_loss.objective import eager
 from napo_loss.objective.estimators import Q_BOUNDS
+from napo_loss.objective.negatives import BatchLogps
 from napo_loss.types import MIN_LENGTH
 
 TARGETS = {
@@ -58,9 +59,10 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     from napo_loss.kernels.linear_block import linear_block
     from napo_loss.kernels.linear_rows import linear_rows
     from napo_loss.kernels.logps_backward import logps_backward
-    from napo_loss.kernels.logps_forward import logps_forward
+    from napo_loss.kernels.logps_forward import Partials, logps_forward
     from napo_loss.kernels.logps_reduce import logps_reduce
-    from napo_loss.kernels.objective import Constants, objective
+    from napo_loss.kernels.objective import objective
+    from napo_loss.kernels.objective_records import Constants, Settings, Switches
 
     labels = torch.zeros(1, 2, dtype=torch.int64)
     weights = torch.ones(1, 2)
@@ -69,7 +71,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     # Every integer is 1 here, which Triton turns into a constant.
     one = torch.empty(1, 1, 1)
     yield "all ones", lambda: logps_forward(one, labels[:, :1], 1, -100)
-    yield "all ones", lambda: logps_reduce((one[0], one[0], one[0, 0]), labels[:, :1].contiguous(), None, 1, -100)
+    shares = Partials(peak=one[0], total=one[0], target=one[0, 0])
+    yield "all ones", lambda: logps_reduce(shares, labels[:, :1].contiguous(), None, 1, -100)
     yield "all ones", lambda: logps_backward(grad_sum, one, labels[:, :1], None, lse[:, :1], one, 1, -100)
     for name, dtype in DTYPES.items():
         for V in (1, 50257, 128256):
@@ -82,7 +85,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             f"{name} strided, weights",
             lambda x=strided: logps_backward(grad_sum, x, labels, weights, lse, torch.empty(x.shape), 1, -100),
         )
-    partials = (torch.empty(3, 2), torch.empty(3, 2), torch.empty(2))
+    partials = Partials(peak=torch.empty(3, 2), total=torch.empty(3, 2), target=torch.empty(2))
     for given in (None, weights):
         case = "weights" if given is not None else "no weights"
         yield case, lambda w=given: logps_reduce(partials, labels, w, 1, -100)
@@ -94,21 +97,22 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             bias = torch.empty(V, dtype=dtype)
             for softcap, given in ((0.0, None), (30.0, bias)):
                 case = "softcap, bias, " * (softcap > 0) + f"{name} V={V}"
-                head = (raw, given, 1.0, softcap)
-                yield case, lambda h=head, d=out: linear_rows(*h, labels[0], d)
-                yield case, lambda h=head, d=out: linear_block(*h, 0, labels[0], (lse[0], lse[0]), d)
-        yield f"{name} log-probs only", lambda r=raw: linear_rows(r, None, 1.0, 0.0, labels[0], None)
+                head = {"bias": given, "logit_scale": 1.0, "softcap": softcap}
+                yield case, lambda r=raw, d=out, h=head: linear_rows(r, labels[0], d, **h)
+                yield case, lambda r=raw, d=out, h=head: linear_block(r, labels[0], 0, lse[0], lse[0], d, **h)
+        plain = {"bias": None, "logit_scale": 1.0, "softcap": 0.0}
+        yield f"{name} log-probs only", lambda r=raw, h=plain: linear_rows(r, labels[0], None, **h)
 
     constants = Constants(*Q_BOUNDS, eager.MIN_Q, eager.WEIGHT_FLOOR, MIN_LENGTH)
     for K, B in ((1, 1), (3, 64)):
         row, rows = torch.zeros(B), torch.zeros(K, B)
         for average, dynamic in ((False, False), (True, True)):
-            switches = {"AVERAGE": average, "DYNAMIC": dynamic, "COMPUTE_LOSS": True}
+            switches = Switches(average, dynamic, COMPUTE_LOSS=True)
+            logps = BatchLogps(row, rows, row, rows, row, rows)._asdict()
+            settings = Settings(*torch.zeros(4, K))
             yield (
                 f"K={K} B={B}" + " average dynamic" * average,
-                lambda row=row, rows=rows, switches=switches, K=K: objective(
-                    (row, rows) * 3, torch.zeros(4, K), None, None, (0.1, 0.0, 0.0), constants, switches=switches
-                ),
+                partial(objective, logps, settings, None, None, constants, switches, beta=0.1),
             )
 
 

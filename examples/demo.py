@@ -3,15 +3,15 @@
 python examples/demo.py             # the table, and results/demo.json, .md and .png
 python examples/demo.py --quick     # the same on a toy scale, in seconds
 
-What drives the committed run (README has its table, results/demo.json all numbers):
+What drives the committed run (docs/demo.md has its table, results/demo.json all numbers):
 
 - Identical answers teach nothing. A biased answer that is right equals the chosen one, so only pairs in which the cue
-  is wrong pull, always away from the cue. The rejected term pulls back, and the paper gives it a weight of 0.04 only:
-  with a third for each term every group arm gains, with and without noise-awareness.
+  is wrong pull, always away from the cue. The rejected term pulls back, and these fixed weights leave it 0.04 only:
+  with a third for each term every arm with several negatives gains, with and without noise-awareness.
 - Flipped pairs against a right biased answer teach the wrong thing. DPO pulls hardest on what it fits worst, which
   after a while is these; the factor p^q damps them. "Share of the gradient" measures that, at the last weights; it
   depends on beta and the learning rate too, and these differ between arms.
-- q is not adaptive for ``image_only``: two-token answers have margins of a few nats, the paper's alpha = 0.01 supposes
+- q is not adaptive for ``image_only``: two-token answers have margins of a few nats, the printed alpha = 0.01 supposes
   hundreds, so q stays at 1 and the term is a plain mean absolute error.
 
 Four seeds cannot tell differences of a few points from chance. How settings were chosen: demo_tune.py.

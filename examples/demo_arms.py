@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from demo_train import Arm, Scale
 
-PAPER_WEIGHTS = {"rejected": 0.04, "question_only": 0.48, "image_only": 0.48}
+FIXED_WEIGHTS = {"rejected": 0.04, "question_only": 0.48, "image_only": 0.48}
 BY_MEAN, BY_SUM = {"alpha": 0.5, "margin": "mean"}, {"alpha": 0.01, "margin": "sum"}
 NEGATIVES = {
     "DPO": {"rejected": {"q": 0.0}},
-    "DPO, group": {name: {"q": 0.0, "weight": weight} for name, weight in PAPER_WEIGHTS.items()},
+    "DPO, group": {name: {"q": 0.0, "weight": weight} for name, weight in FIXED_WEIGHTS.items()},
     "NaPO": {
         "rejected": {"q": 0.0, "weight": 0.04},
         "question_only": {**BY_MEAN, "weight": 0.48},
         "image_only": {**BY_SUM, "weight": 0.48},
     },
-    "DPO, group, equal weights": {name: {"q": 0.0, "weight": 1 / 3} for name in PAPER_WEIGHTS},
+    "DPO, group, equal weights": {name: {"q": 0.0, "weight": 1 / 3} for name in FIXED_WEIGHTS},
     "NaPO, equal weights": {
         "rejected": {**BY_MEAN, "weight": 1 / 3},
         "question_only": {**BY_MEAN, "weight": 1 / 3},
@@ -22,7 +22,9 @@ NEGATIVES = {
     },
 }
 """``DPO`` sees the rejected alone; ``group`` the biased negatives too, and q = 0 shows what these bring by themselves.
-``NaPO`` has the paper's q, α and weights. ``equal weights``: a third each, and the rejected are noise-aware too."""
+``NaPO`` has the q that the released code runs, the printed α, and fixed weights that are one of the triples among the
+released code's commented-out runs; dynamic weights, the paper's main result, are not tried here. ``equal weights``: a
+third each, and the rejected are noise-aware too."""
 
 CHOSEN = {
     "DPO": (0.1, 3e-4),

@@ -6,13 +6,13 @@ launch. The unscaled gradient of every log-prob is written beside the losses: ba
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from napo_loss.kernels.launch import on_device
+from napo_loss.kernels.objective_records import Constants, Outputs, Settings, Switches
+from napo_loss.kernels.sigmoid import expm1, log_sigmoid
 
 TILE = 1024  # elements of a [K, B] tile
 
@@ -53,25 +53,6 @@ def _margins(
 
 
 @triton.jit
-def _log_sigmoid(x):
-    """``min(x, 0) − log1p(e)``, ``e = exp(−|x|)``; the series of atanh gives log1p to the last bit of float32."""
-    e = tl.exp(-tl.abs(x))
-    z = e / (2.0 + e)  # in (0, 1/3]
-    s = z * z
-    series = 1 / 9 + s * (1 / 11 + s * (1 / 13 + s * (1 / 15)))
-    log1p = 2.0 * z * (1.0 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * series))))
-    return tl.minimum(x, 0.0) - log1p
-
-
-@triton.jit
-def _expm1(y):
-    """``exp(y) − 1`` for ``y <= 0``: Taylor where the subtraction would cancel."""
-    tail = 1 / 120 + y * (1 / 720 + y * (1 / 5040 + y * (1 / 40320)))
-    near = y * (1.0 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24 + y * tail))))
-    return tl.where(y > -0.35, near, tl.exp(y) - 1.0)
-
-
-@triton.jit
 def objective_kernel(
     policy_chosen_ptr,  # [B]
     policy_rejected_ptr,  # [K, B]
@@ -79,15 +60,19 @@ def objective_kernel(
     reference_rejected_ptr,
     chosen_length_ptr,
     rejected_length_ptr,
-    settings_ptr,  # [4, K]: α, whether q reads per-token means, fixed q or NaN, weight
+    alpha_ptr,  # [K]
+    reads_mean_ptr,  # [K]: whether q is read from per-token means, 0 or 1
+    fixed_q_ptr,  # [K]: NaN where q is estimated
+    weight_ptr,  # [K]
     previous_q_ptr,  # [K] or unused
-    means_ptr,  # [2, K]: mean margin for q, mean reward margin
+    seen_mean_ptr,  # [K]: mean of the margin that q is read from
+    reward_mean_ptr,  # [K]: mean reward margin, β·ψ
     losses_ptr,  # [B]
     chosen_rewards_ptr,  # [B]
     rejected_rewards_ptr,  # [K, B]
     q_ptr,  # [K]
     weights_ptr,  # [K]
-    grads_ptr,  # [1 + K, B]: dloss_b/dlogπ
+    dlogps_ptr,  # [1 + K, B]: dloss_b/dlogπ
     B,
     K,
     beta,
@@ -110,10 +95,10 @@ def objective_kernel(
 ):
     k = tl.arange(0, BLOCK_K)
     in_k = k < K
-    alpha = tl.load(settings_ptr + k, mask=in_k, other=1.0)
-    reads_mean = tl.load(settings_ptr + K + k, mask=in_k, other=0.0) != 0
-    fixed_q = tl.load(settings_ptr + 2 * K + k, mask=in_k, other=0.0)
-    weight = tl.load(settings_ptr + 3 * K + k, mask=in_k, other=0.0)
+    alpha = tl.load(alpha_ptr + k, mask=in_k, other=1.0)
+    reads_mean = tl.load(reads_mean_ptr + k, mask=in_k, other=0.0) != 0
+    fixed_q = tl.load(fixed_q_ptr + k, mask=in_k, other=0.0)
+    weight = tl.load(weight_ptr + k, mask=in_k, other=0.0)
 
     if COMPUTE_MEANS:
         seen_sum = tl.zeros([BLOCK_K, BLOCK_B], tl.float32)
@@ -128,22 +113,22 @@ def objective_kernel(
             mean_margin = (chosen / chosen_length)[None, :] - rejected / rejected_length
             seen_sum += tl.where(inside, tl.where(reads_mean[:, None], mean_margin, sum_margin), 0.0)
             psi_sum += tl.where(inside, mean_margin if AVERAGE else sum_margin, 0.0)
-        mean_seen = tl.sum(seen_sum, axis=1) / B
-        mean_reward = beta * (tl.sum(psi_sum, axis=1) / B)
-        tl.store(means_ptr + k, mean_seen, mask=in_k)
-        tl.store(means_ptr + K + k, mean_reward, mask=in_k)
+        seen_mean = tl.sum(seen_sum, axis=1) / B
+        reward_mean = beta * (tl.sum(psi_sum, axis=1) / B)
+        tl.store(seen_mean_ptr + k, seen_mean, mask=in_k)
+        tl.store(reward_mean_ptr + k, reward_mean, mask=in_k)
     else:
-        mean_seen = tl.load(means_ptr + k, mask=in_k, other=0.0)
-        mean_reward = tl.load(means_ptr + K + k, mask=in_k, other=0.0)
+        seen_mean = tl.load(seen_mean_ptr + k, mask=in_k, other=0.0)
+        reward_mean = tl.load(reward_mean_ptr + k, mask=in_k, other=0.0)
 
     if COMPUTE_LOSS:
-        q = 2.0 / (1.0 + tl.exp(alpha * mean_seen))
+        q = 2.0 / (1.0 + tl.exp(alpha * seen_mean))
         q = tl.where(q < Q_LOW, Q_LOW, tl.where(q > Q_HIGH, Q_HIGH, q))  # a NaN margin stays a NaN q
         if HAS_PREVIOUS:
             q = decay * tl.load(previous_q_ptr + k, mask=in_k, other=0.0) + (1.0 - decay) * q
         q = tl.where(fixed_q == fixed_q, fixed_q, q)
         if DYNAMIC:
-            gain = tl.where(in_k & (mean_reward > 0), mean_reward, 0.0)
+            gain = tl.where(in_k & (reward_mean > 0), reward_mean, 0.0)
             total = tl.sum(gain, axis=0)
             share = tl.where(total > 0, gain / tl.where(total > 0, total, 1.0), 1.0 / K)
             weight = tl.where(in_k, tl.maximum(share, WEIGHT_FLOOR), 0.0)
@@ -164,9 +149,9 @@ def objective_kernel(
                 rejected /= rejected_length
                 policy /= chosen_length
             x = beta * (chosen[None, :] - rejected)
-            log_p = _log_sigmoid(x)
+            log_p = log_sigmoid(x)
             y = q[:, None] * log_p
-            loss = tl.where(is_dpo, -log_p, -_expm1(y) / safe_q)
+            loss = tl.where(is_dpo, -log_p, -expm1(y) / safe_q)
             loss = tl.sum(tl.where(inside, weight[:, None] * loss, 0.0), axis=0) - sft_weight * policy
             tl.store(losses_ptr + b, loss, mask=in_b)
             tl.store(chosen_rewards_ptr + b, beta * chosen, mask=in_b)
@@ -179,66 +164,56 @@ def objective_kernel(
             if AVERAGE:
                 grad_chosen /= chosen_length
                 grad /= rejected_length
-            tl.store(grads_ptr + b, grad_chosen, mask=in_b)
-            tl.store(grads_ptr + B + at, -grad, mask=inside)
-
-
-class Constants(NamedTuple):
-    """The published constants, which the kernel shares with the eager path."""
-
-    Q_LOW: float
-    Q_HIGH: float
-    MIN_Q: float
-    WEIGHT_FLOOR: float
-    MIN_LENGTH: float
+            tl.store(dlogps_ptr + b, grad_chosen, mask=in_b)
+            tl.store(dlogps_ptr + B + at, -grad, mask=inside)
 
 
 def objective(
-    logps: tuple[torch.Tensor | None, ...],
-    settings: torch.Tensor,
-    previous_q: torch.Tensor | None,
-    means: torch.Tensor | None,
-    scalars: tuple[float, float, float],
+    logps: dict[str, torch.Tensor | None],  # [B] of the chosen, [K, B] of the negatives; see BatchLogps
+    settings: Settings,
+    previous_q: torch.Tensor | None,  # [K]
+    means: torch.Tensor | None,  # [2, K], where they come from all ranks
     constants: Constants,
+    switches: Switches,
     *,
-    switches: dict[str, bool],
-) -> tuple[torch.Tensor, ...]:
-    """Launches the program. ``logps``: policy, reference and length of ``[B]`` chosen and ``[K, B]`` rejected.
-
-    Returns ``means [2, K]`` and, with ``COMPUTE_LOSS``, losses, rewards, q, weights and ``grads [1 + K, B]``.
-    """
-    given = [None if x is None else x.contiguous() for x in logps]
-    policy_chosen, policy_rejected = given[0], given[1]
+    beta: float,
+    sft_weight: float = 0.0,
+    decay: float = 0.0,
+) -> Outputs:
+    """Launches the program. Without ``COMPUTE_LOSS`` only the means are written."""
+    given = {name: None if x is None else x.contiguous() for name, x in logps.items()}
+    unused = policy_chosen = given["policy_chosen"]
+    policy_rejected = given["policy_rejected"]
     assert policy_chosen is not None
     assert policy_rejected is not None
     K, B = policy_rejected.shape
-    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=policy_chosen.device)  # noqa: E731
-    compute_means = means is None
-    outputs = (
-        new(2, K) if means is None else means,
-        new(B),
-        new(B),
-        new(K, B),
-        new(K),
-        new(K),
-        new(1 + K, B),
-    )
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=policy_chosen.device)
+
+    outputs = Outputs(
+        means=new(2, K) if means is None else means.contiguous(), losses=new(B), chosen_rewards=new(B),
+        rejected_rewards=new(K, B), q=new(K), weights=new(K), dlogps=new(1 + K, B),
+    )  # fmt: skip
+    pointers = {name: unused if x is None else x for name, x in given.items()}
+    pointers |= settings._asdict() | outputs._asdict()
+    pointers["previous_q"] = unused if previous_q is None else previous_q.contiguous()
+    pointers["seen_mean"], pointers["reward_mean"] = pointers.pop("means")
     block_k = triton.next_power_of_2(K)
     with on_device(policy_chosen):
         objective_kernel[(1,)](
-            *(policy_chosen if x is None else x for x in given),
-            settings,
-            settings if previous_q is None else previous_q,
-            *outputs,
-            B,
-            K,
-            *scalars,
+            **{f"{name}_ptr": x for name, x in pointers.items()},
+            B=B,
+            K=K,
+            beta=beta,
+            sft_weight=sft_weight,
+            decay=decay,
             **constants._asdict(),
-            HAS_REFERENCE=given[2] is not None,
-            HAS_LENGTH=given[4] is not None,
+            **switches._asdict(),
+            HAS_REFERENCE=given["reference_chosen"] is not None,
+            HAS_LENGTH=given["chosen_length"] is not None,
             HAS_PREVIOUS=previous_q is not None,
-            COMPUTE_MEANS=compute_means,
-            **switches,
+            COMPUTE_MEANS=means is None,
             BLOCK_K=block_k,
             BLOCK_B=max(1, min(triton.next_power_of_2(B), TILE // block_k)),
             num_warps=4,

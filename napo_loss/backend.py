@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from functools import lru_cache
+from collections.abc import Iterable
 from importlib.util import find_spec
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,24 +32,31 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 
 class Call:
-    """Base of an operator's record. A schema holds tensors, numbers and flat lists; a record has their names on both sides.
+    """Base of the records that carry an operator's arguments, named, through a schema, which holds flat values only.
 
-    A subclass has ``to_schema()``, the operator's arguments by name, and ``from_schema(…)``, whose parameters are those
-    of the operator, in its order. Nothing else calls the operator, or takes its arguments apart.
+    ``SCHEMA`` has the operator's arguments in order, name to type; ``to_schema`` gives their values by name, and
+    ``from_schema`` makes the record of them again inside the operator.
     """
+
+    SCHEMA: ClassVar[dict[str, str]]
+
+    @classmethod
+    def signature(cls, returns: str, **more: str) -> str:
+        """The schema of an operator that takes the record, and ``more`` before it."""
+        arguments = ", ".join(f"{type_} {name}" for name, type_ in {**more, **cls.SCHEMA}.items())
+        return f"({arguments}) -> {returns}"
+
+    @classmethod
+    def named(cls, values: Iterable[Any]) -> dict[str, Any]:
+        """An operator's values, which come by position, by their names."""
+        return dict(zip(cls.SCHEMA, values, strict=True))
 
     @classmethod
     def gradients(cls, **found: Tensor | None) -> tuple[Tensor | None, ...]:
         """What autograd wants of a backward pass: one for each argument in the schema's order, by their names here."""
-        names = _parameters(cls)
-        if unknown := found.keys() - set(names):
+        if unknown := found.keys() - cls.SCHEMA.keys():
             raise TypeError(f"{cls.__name__} has no arguments {sorted(unknown)}")
-        return tuple(found.get(name) for name in names)
-
-
-@lru_cache
-def _parameters(call: type[Call]) -> tuple[str, ...]:
-    return tuple(inspect.signature(call.from_schema).parameters)  # pyright: ignore[reportAttributeAccessIssue]
+        return tuple(found.get(name) for name in cls.SCHEMA)
 
 
 def no_double_backward(ctx, *grads):

@@ -7,6 +7,7 @@ would cost a device sync; where they can be wrong, the result is NaN instead.
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -19,91 +20,23 @@ def check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
 
 
-def check_positive(name: str, value: float) -> None:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+def check_positive(name: str, value: object) -> None:
+    """A number of Python or numpy."""
+    if not (isinstance(value, Real) and 0 < float(value) < math.inf):
         raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor, shape: torch.Size) -> None:
     """``x`` lives where ``other`` does and has ``shape``."""
     check_tensor(name, x)
+    check_place(name, x, other_name, other, shape)
+
+
+def check_place(name: str, x: Tensor, other_name: str, other: Tensor, shape: torch.Size) -> None:
     if x.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, as {other_name} asks, got {list(x.shape)}")
     if x.device != other.device:
         raise ValueError(f"{name} is on {x.device}, but {other_name} is on {other.device}")
-
-
-def check_logps(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor | None,
-    reference_rejected: Tensor | None,
-    *,
-    may_be_empty: bool = False,
-) -> None:
-    """``[B]`` chosen, ``[B]`` or ``[K, B]`` rejected, and references of the same shapes or none at all."""
-    check_tensor("policy_chosen_logps", policy_chosen)
-    if policy_chosen.dim() != 1:
-        raise ValueError(f"policy_chosen_logps must have shape [B], got {list(policy_chosen.shape)}")
-    if policy_chosen.numel() == 0 and not may_be_empty:
-        raise ValueError(
-            "policy_chosen_logps is empty: the batch holds no pair, which only a rank of a process_group may do"
-        )
-    check_tensor("policy_rejected_logps", policy_rejected)
-    shape = policy_rejected.shape
-    if len(shape) not in (1, 2) or shape[-1] != policy_chosen.shape[0] or shape[:-1].numel() == 0:
-        raise ValueError(
-            f"policy_rejected_logps must have shape [B] or [K, B] with B = {policy_chosen.shape[0]} and K >= 1, "
-            f"got {list(shape)}"
-        )
-    check_like("policy_rejected_logps", policy_rejected, "policy_chosen_logps", policy_chosen, shape)
-    if (reference_chosen is None) != (reference_rejected is None):
-        raise ValueError(
-            "reference_chosen_logps and reference_rejected_logps must both be given, or both be None (reference-free)"
-        )
-    if reference_chosen is not None and reference_rejected is not None:
-        check_like(
-            "reference_chosen_logps",
-            reference_chosen,
-            "policy_chosen_logps",
-            policy_chosen,
-            policy_chosen.shape,
-        )
-        check_like("reference_rejected_logps", reference_rejected, "policy_rejected_logps", policy_rejected, shape)
-
-
-def check_margin(margin: Tensor, *, may_be_empty: bool = False) -> None:
-    check_tensor("margin", margin)
-    no_rows, no_pairs = margin.shape[:-1].numel() == 0, margin.numel() == 0 and not may_be_empty
-    if margin.dim() not in (1, 2) or no_rows or no_pairs:
-        raise ValueError(f"margin must be a non-empty [B] or [K, B] tensor, got shape {list(margin.shape)}")
-
-
-def check_q(q: float | Tensor, margin: Tensor) -> None:
-    """A float in [0, 1], or a tensor that broadcasts to the margin without growing it."""
-    if not isinstance(q, Tensor):
-        if not 0 <= q <= 1:
-            raise ValueError(f"q must be in [0, 1], got {q}")
-        return
-    check_tensor("q", q)
-    try:
-        fits = torch.broadcast_shapes(q.shape, margin.shape) == margin.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(f"q must broadcast to the margin's shape {list(margin.shape)}, got {list(q.shape)}")
-    if q.dim() and q.device != margin.device:
-        raise ValueError(f"q is on {q.device}, but the log-probs are on {margin.device}")
-
-
-def check_estimator(bounds: tuple[float, float], reduction: str, decay: float) -> None:
-    low, high = bounds
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"bounds must satisfy 0 <= low <= high <= 1, got {bounds}")
-    if reduction not in ("rank_mean", "mean", "none"):
-        raise ValueError(f"reduction must be 'rank_mean', 'mean' or 'none', got {reduction!r}")
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must be in [0, 1), got {decay}")
 
 
 def check_group(name: str, group: object) -> None:
@@ -187,15 +120,19 @@ def is_dtensor(x: object) -> bool:
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None, *, shard: bool = False
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    lora_A: Tensor | None = None,  # [r, D]
+    lora_B: Tensor | None = None,  # [V, r]
+    *,
+    shard: bool = False,
 ) -> None:
-    """``hidden [..., D]`` and the lm_head's tensors: whole (or a ``shard`` of the vocabulary, which may be nothing), on
-    one device, of one width and (autocast apart) dtype."""
+    """The lm_head's tensors: whole (or a ``shard`` of the vocabulary, which may be nothing), on the device of the
+    hidden states, of their width and (autocast apart) dtype; both factors of LoRA or none."""
     check_tensor("hidden", hidden)
-    given = {"weight": weight}
-    given |= {} if bias is None else {"bias": bias}
-    given |= {} if low_rank is None else {"A": low_rank[0], "B": low_rank[1]}
-    for name, x in given.items():
+    beside = {"bias": bias, "lora_A": lora_A, "lora_B": lora_B}
+    for name, x in {"weight": weight, **{name: x for name, x in beside.items() if x is not None}}.items():
         check_tensor(name, x)
         if is_dtensor(x):
             raise TypeError(SHARDED.format(name=name, what="a DTensor"))
@@ -209,12 +146,12 @@ def check_head(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [V] = {list(weight.shape[:1])}, got {list(bias.shape)}")
-    if low_rank is not None:
-        A, B = low_rank
-        if A.dim() != 2 or A.shape[1] != weight.shape[1] or B.shape != (weight.shape[0], A.shape[0]):
+    if lora_A is not None and lora_B is not None:
+        (V, D), r = weight.shape, lora_A.shape[0] if lora_A.dim() == 2 else None
+        if lora_A.shape != (r, D) or lora_B.shape != (V, r):
             raise ValueError(
-                f"A and B must have shapes [r, D] and [V, r] beside weight {list(weight.shape)}, got {list(A.shape)} "
-                f"and {list(B.shape)}"
+                f"lora_A and lora_B must have shapes [r, D] and [V, r] beside weight {list(weight.shape)}, got "
+                f"{list(lora_A.shape)} and {list(lora_B.shape)}"
             )
     if torch.is_autocast_enabled(hidden.device.type):
         return

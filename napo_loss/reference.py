@@ -60,7 +60,7 @@ def linear_sequence_logps(
         SequenceLogps(sum=tensor([-2.7726]), length=tensor([2.]))
     """
     if isinstance(weight, LowRank):
-        weight = weight.weight + weight.scale * weight.B @ weight.A
+        weight = weight.weight + weight.scale * weight.lora_B @ weight.lora_A
     logits = torch.nn.functional.linear(hidden, weight, bias)
     if logit_scale is not None:
         logits = logits * logit_scale
@@ -70,7 +70,7 @@ def linear_sequence_logps(
 
 
 def noise_level(margin: Tensor, alpha: float = 0.01, low: float = 0.001, high: float = 1.0) -> Tensor:
-    """``q = clamp(2·(1 − σ(α·m̄)), low, high)``."""
+    """``q = clamp(2·(1 − σ(α·m̄)), low, high)``, as the released code runs it."""
     return (2 * (1 - torch.sigmoid(alpha * margin.detach().mean(-1)))).clamp(low, high)
 
 

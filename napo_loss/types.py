@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import GetAttrKey, register_pytree_node, tree_map_only
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Self
 
 MIN_LENGTH = 1e-9
 """Divisor where a sequence has no active position, so that its mean log-prob is 0 and not NaN."""
+
+
+class Record:
+    """Base of dataclasses that the walks of trainers over inputs and outputs leave whole.
+
+    The fields named in ``tensors`` are children of PyTorch's trees (``tree_map``, FSDP2, DDP, ``torch.export``); the
+    others ride along. ``.to`` is what accelerate asks for, and a dataclass that is not frozen what Lightning can fill.
+    A NamedTuple will not do: it is rebuilt from what it iterates over, of a result that unpacks as three only three
+    fields, and a map over its tensors meets its numbers too.
+    """
+
+    def __init_subclass__(cls, tensors: tuple[str, ...], **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+
+        def flatten(record: Any) -> tuple[list, dict]:
+            given = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+            return [given.pop(name) for name in tensors], given
+
+        def flatten_with_keys(record: Any) -> tuple[list, dict]:
+            children, rest = flatten(record)
+            return [(GetAttrKey(name), child) for name, child in zip(tensors, children, strict=True)], rest
+
+        def unflatten(children: Any, rest: Any) -> Any:
+            return cls(**dict(zip(tensors, children, strict=True)), **rest)
+
+        register_pytree_node(
+            cls, flatten, unflatten, serialized_type_name=f"napo_loss.{cls.__name__}",
+            flatten_with_keys_fn=flatten_with_keys,
+        )  # fmt: skip
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """The record with every tensor moved or cast, as ``Tensor.to`` does."""
+        return tree_map_only(Tensor, lambda x: x.to(*args, **kwargs), self)
+
+    def _replace(self, **changes: Any) -> Self:
+        """The record with some fields changed."""
+        return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType]
 
 
 class SequenceLogps(NamedTuple):
@@ -28,7 +69,7 @@ class SequenceLogps(NamedTuple):
     @property
     def mean(self) -> Tensor:
         """``sum / length``, and 0 for a sequence without an active position."""
-        return self.sum / self.length.clamp_min(MIN_LENGTH)
+        return self.sum / self.length.to(self.sum.dtype).clamp_min(MIN_LENGTH)
 
     def pairs(self, K: int = 1) -> tuple[SequenceLogps, SequenceLogps]:
         """Splits a batch ordered ``[chosen; negative 1; …; negative K]``, the order of TRL's collators.
@@ -80,31 +121,33 @@ def _join(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first.flatten(), second.flatten()])
 
 
-class LowRank(NamedTuple):
-    """An lm_head with LoRA factors beside it: ``weight + scale·B·A``, which is never formed.
+@dataclasses.dataclass(eq=False)
+class LowRank(Record, tensors=("weight", "lora_A", "lora_B")):
+    """An lm_head with LoRA factors beside it: ``weight + scale·lora_B·lora_A``, which is never formed.
 
     Attributes:
         weight: ``[V, D]``, usually frozen.
-        A: ``[r, D]``.
-        B: ``[V, r]``.
+        lora_A: ``[r, D]``.
+        lora_B: ``[V, r]``.
         scale: PEFT's ``lora_alpha / r``.
     """
 
     weight: Tensor
-    A: Tensor
-    B: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
     scale: float = 1.0
 
 
-class VocabShard(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class VocabShard(Record, tensors=("local",)):
     """The columns of a vocabulary that this rank of a process group holds, where tensor parallelism splits it.
 
     Stands in for ``logits`` or ``weight``; positions and labels are the same on every rank of the group, and so is what
     comes out.
 
     Attributes:
-        local: logits ``[N, T, V_local]``, or an lm_head ``[V_local, D]``, or a :class:`LowRank` of one (with all of A
-            and the local rows of B). ``V_local`` may be 0.
+        local: logits ``[N, T, V_local]``, or an lm_head ``[V_local, D]``, or a :class:`LowRank` of one (with all of
+            lora_A and the local rows of lora_B). ``V_local`` may be 0.
         process_group: the ranks that hold the rest; ``None``: this rank holds all.
         V: size of the vocabulary. Columns from V on are padding: they do not count, and cost the rank that has them a
             copy of the gradient. Shards that do not hold every column once give NaN.
@@ -139,19 +182,38 @@ class PreferenceLoss(NamedTuple):
     rejected_rewards: Tensor
 
 
-class NaPOLoss(PreferenceLoss):
-    """The triple of :class:`PreferenceLoss` — it unpacks as three — which also carries what to log.
+@dataclasses.dataclass(eq=False)
+class NaPOOutput(Record, tensors=("losses", "chosen_rewards", "rejected_rewards", "q", "weights")):
+    """What :func:`napo_loss.napo_loss` returns: it unpacks as the triple of DPO hooks, and carries what to log.
 
     Attributes:
-        q: the robustness that was used, detached: ``[K]``, or ``[K, B]`` when estimated per sample.
-        weights: the weight of each negative, detached, ``[K]``.
+        losses: one loss per chosen, weighted over negatives, ``[B]``, float32 (float64 for float64).
+        chosen_rewards: ``β·(log π(y_w) − log π_ref(y_w))``, detached, ``[B]``.
+        rejected_rewards: the same of the negatives, ``[B]``, or ``[K, B]`` in the order given.
+        q: the robustness that was used, detached: ``[K]``, ``[K, B]`` where each pair has its own; without the K for
+            one negative.
+        weights: the weight of each negative, detached, ``[K]``, a scalar for one negative.
+
+    Example:
+        >>> import torch
+        >>> from napo_loss import napo_loss
+        >>> out = napo_loss(torch.tensor([-10.0]), torch.tensor([-12.0]), None, None)
+        >>> losses, chosen_rewards, rejected_rewards = out
+        >>> len(out), out[0] is losses, out.q
+        (3, True, tensor(0.9900))
     """
 
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
     q: Tensor
     weights: Tensor
 
-    def __new__(cls, losses, chosen_rewards, rejected_rewards, q, weights):
-        self = super().__new__(cls, losses, chosen_rewards, rejected_rewards)
-        self.q = q
-        self.weights = weights
-        return self
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.losses, self.chosen_rewards, self.rejected_rewards))
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index):
+        return tuple(self)[index]

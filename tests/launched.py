@@ -21,7 +21,7 @@ BATCH, STEPS = 4, 2  # pairs per step on all ranks together
 PAPER = ["rejected", "question_only", "image_only"]
 VARIANTS = {
     "paper": {},
-    "mean": {"q_reduction": "mean"},  # with as many pairs on every rank the same numbers, by another way
+    "mean": {"q_from": "all_pairs"},  # with as many pairs on every rank the same numbers, by another way
     "dynamic": {"negative_weights": "dynamic", "average_logps": True, "sft_weight": 0.1, "q_decay": 0.5},
     "accumulated": {"gradient_accumulation_steps": 2, "max_steps": 1, "gradient_checkpointing": True},
     "vision": {"kind": "vision"},
@@ -129,7 +129,7 @@ def everything(folder: Path, how: str = "one", ranks: int = 1) -> dict:
     # accelerate fills the last batches up with rows from the start: one process sees that with row 0 there twice.
     rows = range(7) if ranks > 1 else [*range(7), 0]
     results["ragged"] = trained(trainer_for(folder / "ragged", **same, data=pairs(rows), **RAGGED))
-    uneven = {"accelerator_config": {"even_batches": False}, "q_reduction": "mean"}
+    uneven = {"accelerator_config": {"even_batches": False}, "q_from": "all_pairs"}
     results["uneven"] = trained(trainer_for(folder / "uneven", **same, data=pairs(range(7)), **RAGGED, **uneven))
     train, held_out = (load_from_disk(str(folder.parent / name)) for name in ("train", "held out"))
     kept = {**same, **KEPT, "data": train, "extra": {"eval_dataset": held_out}}

@@ -11,8 +11,10 @@ import processes
 from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, sequence_logps
 from napo_loss.kernels.launch import MAX_BLOCK_V, logits_launch
 from napo_loss.logps import ops as logps_ops
+from napo_loss.logps.calls import LogitsCall
 from napo_loss.objective import loss as objective
 from napo_loss.objective import ops as objective_ops
+from napo_loss.objective.negatives import BatchLogps, PreferenceBatch
 
 
 def run_objective(monkeypatch, fused, dtype, pc, pr, refs, lengths, **kwargs):
@@ -80,6 +82,20 @@ def test_fused_objective_in_two_halves(monkeypatch):
     assert torch.equal(whole.q, halves.q)
 
 
+def test_fused_objective_reads_strided_arguments(monkeypatch):
+    """Columns of larger tensors, as a caller keeps a history."""
+    logps, history = -50 * torch.rand(4, 8), torch.rand(3, 2)
+    args = (logps[:, 0], logps[:, 1:4].t(), logps[:, 4], logps[:, 5:8].t())
+    outs = []
+    for fused in (False, True):
+        monkeypatch.setattr(objective, "_can_fuse", lambda *_, fused=fused: fused)
+        outs.append(napo_loss(*args, recipe=Recipe(Negative(), decay=0.5), previous_q=history[:, -1]))
+    torch.testing.assert_close(outs[1].q, outs[0].q)
+    torch.testing.assert_close(outs[1].losses, outs[0].losses)
+    with pytest.raises(ValueError, match=r"previous_q must be the .q of the step before, \[3\], got shape \[3, 4\]"):
+        napo_loss(*args, recipe=Recipe(Negative(), decay=0.5), previous_q=torch.rand(3, 4))
+
+
 @pytest.fixture
 def guard_bands(monkeypatch):
     """Every buffer that a launcher allocates gets 64 sentinels on both sides, checked at the end."""
@@ -106,17 +122,18 @@ def guard_bands(monkeypatch):
 def test_logits_kernels_stay_inside_their_buffers(guard_bands, V, dtype):
     labels = torch.randint(0, V, (3, 7))
     labels[0, :4] = -100
-    args = (torch.randn(3, 7, V).to(dtype), labels, torch.rand(3, 7))
-    _, _, lse = logps_ops.sequence_logps(*args, 1, -100, False, "triton")
-    logps_ops.sequence_logps_backward(torch.ones(3), *args, lse, 1, -100, "triton")
+    schema = LogitsCall(torch.randn(3, 7, V).to(dtype), labels, torch.rand(3, 7), backend="triton").to_schema()
+    _, _, lse = logps_ops.sequence_logps(**schema)
+    logps_ops.sequence_logps_backward(torch.ones(3), lse, **schema)
     assert len(guard_bands) == 7
 
 
 @pytest.mark.parametrize(("K", "B"), [(1, 1), (3, 5), (5, 1100)])
 def test_objective_kernel_stays_inside_its_buffers(guard_bands, K, B):
-    logps = (torch.randn(B), torch.randn(K, B)) * 2 + (torch.ones(B), torch.ones(K, B))
-    settings = [0.01] * K + [0.0] * K + [float("nan")] * K + [1.0] * K
-    objective_ops.objective(*logps, None, None, settings, [0.1, 0.0, 0.0], True, True)
+    logps = BatchLogps(*(torch.randn(B), torch.randn(K, B)) * 2, torch.ones(B), torch.ones(K, B))
+    recipe = Recipe(weights="dynamic", average_logps=True)
+    call = objective_ops.ObjectiveCall.of(PreferenceBatch(logps, (Negative(),) * K, stacked=True), 0.1, recipe)
+    objective_ops.objective(**call.to_schema())
     assert len(guard_bands) == 7
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from napo_loss import (
-    PAPER_NEGATIVES,
+    DEFAULT_NEGATIVES,
     Negative,
     Recipe,
     SequenceLogps,
@@ -159,7 +159,7 @@ def test_noise_level_is_the_formula(seed, B, alpha):
 def test_noise_level_reads_rows_and_samples():
     margin = logps(0, 3, 5) + 5
     torch.testing.assert_close(noise_level(margin), torch.stack([noise_level(row) for row in margin]))
-    each = noise_level(margin, reduction="none")
+    each = noise_level(margin, q_from="each_pair")
     torch.testing.assert_close(each, (2 * torch.sigmoid(-0.01 * margin)).clamp(0.001, 1))
 
 
@@ -194,8 +194,8 @@ def test_q_depends_on_accumulation_unless_the_caller_estimates_it_once():
 # napo_loss
 
 
-def published(pc, negatives, rc, references, lengths, beta=0.1):
-    """The published objective in numpy, float64: fixed weights, q per kind from its own margin and α."""
+def released(pc, negatives, rc, references, lengths, beta=0.1):
+    """What the released code runs with one of its fixed triples of weights, in numpy, float64."""
     sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
     recipe = {"rejected": (None, None, 0.04), "question_only": (0.5, "mean", 0.48), "image_only": (0.01, "sum", 0.48)}
     total, qs = 0.0, {}
@@ -213,8 +213,8 @@ def published(pc, negatives, rc, references, lengths, beta=0.1):
     return total, qs
 
 
-@given(seeds, st.integers(1, 6), st.permutations(list(PAPER_NEGATIVES)))
-def test_the_defaults_reproduce_the_published_objective(seed, B, names):
+@given(seeds, st.integers(1, 6), st.permutations(list(DEFAULT_NEGATIVES)))
+def test_the_defaults_are_what_the_released_code_runs_with_fixed_weights(seed, B, names):
     pc, pr, rc, rr = four(seed, B, K=3, scale=300.0)
     length = {name: 1 + logps(seed + i, B).abs().round() for i, name in enumerate(["chosen", *names])}
     out = napo_loss(
@@ -224,7 +224,7 @@ def test_the_defaults_reproduce_the_published_objective(seed, B, names):
         {name: rr[k] for k, name in enumerate(names)},
     )
     arrays = [{name: x[k].numpy() for k, name in enumerate(names)} for x in (pr, rr)]
-    losses, qs = published(pc.numpy(), arrays[0], rc.numpy(), arrays[1], {n: x.numpy() for n, x in length.items()})
+    losses, qs = released(pc.numpy(), arrays[0], rc.numpy(), arrays[1], {n: x.numpy() for n, x in length.items()})
     np.testing.assert_allclose(out.losses.numpy(), losses, rtol=1e-9, atol=1e-12)  # 1 − p**q cancels
     assert {n: out.q[k].item() for k, n in enumerate(names) if n in qs} == pytest.approx(qs)
     assert out.q[names.index("rejected")] == 0
@@ -292,7 +292,7 @@ def test_dynamic_weights_are_shares_with_a_floor():
 
 def test_per_sample_scope_and_smoothing_over_steps():
     inputs = four(4, 5, K=2, scale=300.0)
-    each = napo_loss(*inputs, recipe=Recipe(reduction="none"))
+    each = napo_loss(*inputs, recipe=Recipe(q_from="each_pair"))
     assert each.q.shape == (2, 5)
     recipe = Recipe({"a": Negative(), "b": Negative(q=0.2)}, decay=0.5)
     now = napo_loss(*inputs, recipe=recipe)
@@ -411,7 +411,7 @@ def test_q_must_fit():
     [
         ({"alpha": 0.0}, "alpha must be a finite number > 0, got 0.0"),
         ({"bounds": (0.5, 0.1)}, "bounds must satisfy"),
-        ({"reduction": "sum"}, "reduction must be 'rank_mean', 'mean' or 'none', got 'sum'"),
+        ({"q_from": "sum"}, "q_from must be one of .*'rank_means', 'all_pairs', 'each_pair'.*, got 'sum'"),
         ({"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
     ],
 )
@@ -444,7 +444,7 @@ def test_bad_negatives(settings, message):
     ("settings", "message"),
     [
         ({"weights": "learned"}, "Recipe.weights must be 'fixed' or 'dynamic', got 'learned'"),
-        ({"reduction": "max"}, "Recipe.reduction must be"),
+        ({"q_from": "max"}, "Recipe.q_from must be"),
         ({"sft_weight": -1.0}, "Recipe.sft_weight must be >= 0"),
         ({"decay": -0.1}, r"Recipe.decay must be in \[0, 1\)"),
     ],

@@ -1,13 +1,18 @@
 """The operators inside PyTorch: opcheck, torch.compile, autocast, no_grad, double backward, process groups."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 
-from napo_loss import SequenceLogps, napo_loss, sequence_logps
+from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, sequence_logps
 from napo_loss.logps import ops
+from napo_loss.logps.calls import LogitsCall
 from napo_loss.objective import loss as objective
 from napo_loss.objective import ops as objective_ops
+from napo_loss.objective.negatives import BatchLogps, PreferenceBatch
 
 
 def example(requires_grad=True):
@@ -23,21 +28,38 @@ def example(requires_grad=True):
 def test_opcheck_sequence_logps(backend, weighted):
     logits, labels = example()
     weights = torch.rand(4, 5) if weighted else None
-    opcheck(ops.sequence_logps, (logits, labels, weights, 1, -100, False, backend))
-    lse = ops.sequence_logps(logits, labels, weights, 1, -100, False, backend)[2].detach()
-    args = (torch.ones(4), logits.detach(), labels, weights, lse, 1, -100, backend)
-    opcheck(ops.sequence_logps_backward, args)
-    opcheck(ops.sequence_logps_backward_, args)
+    call = LogitsCall(logits, labels, weights, backend=backend)
+    opcheck(ops.sequence_logps, (), call.to_schema())
+    _, _, lse = ops.sequence_logps(**call.to_schema())
+    call = replace(call, logits=logits.detach())
+    opcheck(ops.sequence_logps_backward, (torch.ones(4), lse.detach()), call.to_schema())
+    opcheck(ops.sequence_logps_backward_, (torch.ones(4), lse.detach()), call.to_schema())
 
 
 def test_opcheck_objective():
     torch.manual_seed(0)
-    logps = [torch.randn(4, requires_grad=True), torch.randn(2, 4, requires_grad=True)]
-    rest = [torch.zeros(4), torch.zeros(2, 4), torch.ones(4), torch.ones(2, 4)]
-    settings, scalars = [0.01, 0.5, 0.0, 1.0, float("nan"), 0.2, 1.0, 1.0], [0.1, 0.0, 0.0]
-    opcheck(objective_ops.objective, (*logps, *rest, None, None, settings, scalars, False, False))
-    opcheck(objective_ops.objective_means, (*(x.detach() for x in logps), *rest, settings, scalars, False))
+    logps = BatchLogps(
+        torch.randn(4, requires_grad=True), torch.randn(2, 4, requires_grad=True), torch.zeros(4), torch.zeros(2, 4),
+        torch.ones(4), torch.ones(2, 4),
+    )  # fmt: skip
+    batch = PreferenceBatch(logps, (Negative(alpha=0.01), Negative(alpha=0.5, margin="mean", q=0.2)), stacked=True)
+    call = objective_ops.ObjectiveCall.of(batch, 0.1, Recipe())
+    opcheck(objective_ops.objective, tuple(call.to_schema().values()))
+    detached = replace(call, logps=BatchLogps(*(x.detach() for x in logps)))
+    opcheck(objective_ops.objective_means, tuple(detached.to_schema().values()))
     opcheck(objective_ops.objective_backward, (torch.rand(3, 4), torch.rand(4)))
+
+
+def test_a_call_survives_its_schema():
+    batch = PreferenceBatch(BatchLogps(*[torch.rand(2)] * 4, None, None), (Negative(q=0.25), Negative()), stacked=True)
+    call = objective_ops.ObjectiveCall.of(batch, 0.1, Recipe(sft_weight=0.5, decay=0.25))
+    schema = call.to_schema()
+    assert list(schema) == list(call.SCHEMA)
+    again = objective_ops.ObjectiveCall.from_schema(*schema.values())
+    assert str(again) == str(call)  # NaN stands for a q that is estimated, and equals nothing
+    assert call.gradients(policy_rejected=batch.logps.policy_rejected)[1] is batch.logps.policy_rejected
+    with pytest.raises(TypeError, match=r"ObjectiveCall has no arguments \['policy'\]"):
+        call.gradients(policy=None)
 
 
 def step(logits, labels, backend="eager"):
@@ -64,7 +86,7 @@ def test_compiles_as_one_graph(backend, fused, monkeypatch):
 
 def test_does_not_recompile_for_new_batch_sizes_forever():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(lambda x, y: sequence_logps(x, y).sum, fullgraph=True, backend=counter)
     for T in range(3, 9):
         compiled(torch.randn(2, T, 7), torch.zeros(2, T, dtype=torch.long))

@@ -27,9 +27,7 @@ from ranks import Wire, examples
 
 seeds = st.integers(0, 2**31)
 RECIPES = [
-    Recipe(weights=weights, reduction=reduction)
-    for weights in ("fixed", "dynamic")
-    for reduction in ("rank_mean", "mean")
+    Recipe(weights=weights, q_from=q_from) for weights in ("fixed", "dynamic") for q_from in ("rank_means", "all_pairs")
 ]
 
 
@@ -41,7 +39,7 @@ def margins_of(seed, K, counts):
 
 def expected_settings(margins, recipe):
     """q and weights, written out."""
-    if recipe.reduction == "mean":
+    if recipe.q_from == "all_pairs":
         mean = torch.cat(margins, 1).mean(1)
     else:
         mean = torch.stack([m.mean(1) for m in margins if m.shape[1]]).mean(0)
@@ -74,7 +72,7 @@ def check_q(group, seed, K, counts, fused):
             torch.testing.assert_close(out.weights, weights, rtol=1e-4, atol=1e-5)
             assert out.losses.shape == zeros.shape
             assert torch.isfinite(out.losses).all()
-            alone = noise_level(mine, reduction=recipe.reduction, process_group=group)
+            alone = noise_level(mine, q_from=recipe.q_from, process_group=group)
             torch.testing.assert_close(alone, q, rtol=1e-4, atol=1e-5)
             found += [out.q, out.weights, alone]
     return found
@@ -132,14 +130,14 @@ def model_and_data(counts):
 
 
 def check_ragged(group, counts, fused):
-    """README's recipe for ragged ranks (docs/scale.md): DDP averages over ranks, so each scales by ranks/pairs."""
+    """The recipe for ragged ranks in docs/parallel.md: DDP averages over ranks, so each scales by ranks/pairs."""
     model, hidden, labels = model_and_data(counts)
     rank, B = group.rank(), counts[group.rank()]
     wrapped = DistributedDataParallel(model, process_group=group)
     # A rank without pairs computes a dummy, so that DDP's hooks fire, and hands over none of it.
     x, y = (hidden[rank], labels[rank]) if B else (torch.zeros(2, 3, 6), torch.zeros(2, 3, dtype=torch.long))
     chosen, rejected = (p.sum[:B] for p in sequence_logps(wrapped(x), y).pairs())
-    recipe = Recipe(reduction="mean")
+    recipe = Recipe(q_from="all_pairs")
     with objective_is(fused):
         out = napo_loss(chosen, rejected, None, None, beta=1.0, recipe=recipe, process_group=group)
     pairs = torch.tensor(float(B))

@@ -4,12 +4,12 @@ import copy
 import dataclasses
 import pickle
 import runpy
-import sys
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import BatchFeature, MixtralConfig, MixtralForCausalLM, Qwen2VLImageProcessorPil
@@ -21,7 +21,7 @@ import tiny
 from napo_loss import Negative, Recipe, reference
 from napo_loss.trl import STATE_FILE, NaPOConfig, NaPOTrainer
 from napo_loss.trl.config import REFUSED
-from napo_loss.trl.data import GroupCollator, OncePerPrompt
+from napo_loss.trl.data import NegativesCollator, OncePerPrompt
 
 pytestmark = [
     # transformers 5.23 warns about names that TRL 1.16 still uses; pin_memory has nothing to pin to here.
@@ -336,7 +336,7 @@ def test_patches_grids_and_type_ids_follow_their_block():
         example["images"] = [Image.fromarray(draw.integers(0, 255, shape, dtype=np.uint8)) for shape in shapes]
     for K in (1, 2, 3):
         processor = Patches()
-        batch = GroupCollator(DataCollatorForVisionPreference(processor), PAPER[:K], "")(copy.deepcopy(examples))
+        batch = NegativesCollator(DataCollatorForVisionPreference(processor), PAPER[:K], "")(copy.deepcopy(examples))
         assert processor.images == 3  # each image once, not once per block
         for k, name in enumerate(PAPER[:K], start=1):
             two = [{**x, "rejected": x[name]} for x in copy.deepcopy(examples)]
@@ -490,7 +490,7 @@ def test_every_option_of_dpoconfig_is_classified():
         ({"negatives": {}}, "negatives must map column names to settings"),
         ({"negative_weights": "learned"}, r"Recipe.weights must be 'fixed' or 'dynamic'"),
         ({"sft_weight": -1.0}, r"Recipe.sft_weight must be >= 0"),
-        ({"q_reduction": "max"}, r"Recipe.reduction must be"),
+        ({"q_from": "max"}, r"Recipe.q_from must be"),
         ({"q_decay": 1.0}, r"Recipe.decay must be in \[0, 1\)"),
     ],
 )
@@ -500,8 +500,8 @@ def test_bad_settings(options, message, tmp_path):
 
 
 def test_settings_that_contradict_each_other_or_the_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match="q_decay has nothing to smooth with q_reduction='none'"):
-        trainer_for("text", tmp_path, q_decay=0.9, q_reduction="none")
+    with pytest.raises(ValueError, match="q_decay has nothing to smooth with q_from='each_pair'"):
+        trainer_for("text", tmp_path, q_decay=0.9, q_from="each_pair")
     trainer_for("text", tmp_path, q_decay=0.9, save_strategy="steps", save_steps=2).train()
     other = trainer_for("text", tmp_path, columns=["rejected"], q_decay=0.9, max_steps=3)
     with pytest.raises(
@@ -517,9 +517,42 @@ def test_names_with_another_meaning_are_refused(name, tmp_path):
 
 
 def test_without_trl_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "trl.trainer.dpo_trainer", None)
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
     with pytest.raises(ImportError, match=r'pip install "napo-loss\[trl\]"'):
         runpy.run_path(napo_loss.trl.__file__)
+
+
+@pytest.mark.parametrize("found", ["0.24.0", "1.15.2", "1.9"])
+def test_beside_an_older_trl_both_versions_are_named(found, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda _: found)
+    with pytest.raises(ImportError, match=rf"needs TRL 1\.16 or newer, found {found}: pip install --upgrade"):
+        runpy.run_path(napo_loss.trl.__file__)
+
+
+@pytest.mark.parametrize("found", ["1.16.0", "1.16.0rc1", "1.20.1.dev0"])
+def test_beside_a_newer_trl_it_imports(found, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda _: found)
+    assert "NaPOTrainer" in runpy.run_path(napo_loss.trl.__file__)
+
+
+def test_datasets_without_rows_or_with_their_splits_are_named(tmp_path):
+    data = tiny.text_pairs(4)
+    nothing = data.select([])
+    stream = data.to_iterable_dataset().filter(lambda _: False)
+    for empty in (nothing, stream, Dataset.from_dict({"prompt": [], "chosen": []})):
+        with pytest.raises(ValueError, match="train_dataset is empty: it holds no row"):
+            text_trainer(empty, tmp_path)
+    with pytest.raises(ValueError, match=r"eval_dataset is empty"):
+        text_trainer(data, tmp_path, extra={"eval_dataset": nothing})
+    with pytest.raises(ValueError, match=r"eval_dataset\['held out'\] is empty"):
+        text_trainer(data, tmp_path, extra={"eval_dataset": {"seen": data, "held out": nothing}})
+    with pytest.raises(TypeError, match=r"train_dataset must be one dataset, got a DatasetDict of \['train', 'test'\]"):
+        text_trainer(DatasetDict(train=data, test=data), tmp_path)
+    several = DatasetDict(seen=data, unseen=data)  # which is what evaluation on named splits takes
+    text_trainer(data, tmp_path, extra={"eval_dataset": several})
 
 
 def test_missing_columns_are_named(tmp_path):

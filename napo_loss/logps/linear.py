@@ -17,6 +17,8 @@ from napo_loss.checks import (
     check_positive,
 )
 from napo_loss.logps import linear_ops
+from napo_loss.logps.calls import LinearCall
+from napo_loss.logps.records import Head
 from napo_loss.logps.tokens import Packing, per_sequence, targets
 from napo_loss.parallel.shards import local_head
 from napo_loss.types import LowRank, SequenceLogps, VocabShard
@@ -43,21 +45,12 @@ def linear_sequence_logps(
     ``z = softcap·tanh(x / softcap)`` and ``x = logit_scale·(hidden·weightᵀ + bias)``. Masked positions are not
     computed: their hidden states may hold anything, NaN included, and their gradient is exactly 0.
 
-    The forward pass does the work of both: logits (kept in float32) → log-probs → ``D = onehot − softmax`` →
-    ``U = D·weight``. Backward rescales, ``dhidden = w·U``, and forms ``dweight = Dᵀ(w·hidden)`` from a kept or
-    recomputed D. So with G one product over all positions and c their active share: c·G under ``no_grad``, 2cG with a
-    frozen head, 3cG with a trained one (4cG where D does not fit the budget). Exact, and bit-identical from run to run
-    for a given budget.
-
     Args:
         hidden: ``[N, T, D]``, float32, bfloat16, float16 or float64: the backbone's last hidden state, any strides.
         weight: ``[V, D]`` in hidden's dtype (under autocast both are cast), or a :class:`napo_loss.LowRank`: a head
-            with LoRA factors, whose gradients are formed without a full ``dweight``. A tensor that requires no
-            gradient costs nothing in backward. Where the vocabulary is split over ranks: a DTensor with ``Shard(0)``
-            beside a DTensor ``hidden`` (replicated, or split along the same dimension: it is gathered), or a
-            :class:`napo_loss.VocabShard` of this rank's rows, with the same ``hidden`` on every rank. Then three floats
-            per active position are exchanged forward, the gradient of ``hidden`` is one sum over ranks, in float32 and
-            of active positions, and that of the head stays where its rows are.
+            with LoRA factors. Where the vocabulary is split over ranks: a DTensor with ``Shard(0)`` beside a DTensor
+            ``hidden`` (replicated, or split along the same dimension: it is gathered), or a
+            :class:`napo_loss.VocabShard` of this rank's rows, with the same ``hidden`` on every rank.
         labels: ``[N, T]``, int64 or int32, unshifted, ``ignore_index`` where a token does not count.
         bias: ``[V]``; split like ``weight``.
         softcap: Gemma's ``final_logit_softcapping``.
@@ -67,10 +60,9 @@ def linear_sequence_logps(
         ignore_index: the label that does not count.
         cu_seqlens: ``[N + 1]``: sequences are packed into ``hidden [total, D]`` and ``labels [total]``, as in
             :func:`napo_loss.sequence_logps`.
-        logits_budget: bytes of logits-sized memory that may exist at a time, the D kept for backward included.
-            Default: a quarter of the GPU's free memory, an eighth of the free memory of a CPU. Smaller: more chunks,
-            and D recomputed, one more product. Of a split vocabulary: the same on every rank, for shards of about
-            equal size; the default is no less than what is worked on at a time.
+        logits_budget: bytes of logits-sized memory that may exist at a time, what is kept for backward included.
+            Default: a quarter of the GPU's free memory, an eighth of the free memory of a CPU. Of a split vocabulary:
+            the same on every rank.
         backend: as in :func:`napo_loss.sequence_logps`.
 
     Returns:
@@ -93,19 +85,15 @@ def linear_sequence_logps(
         >>> linear_sequence_logps(hidden, lm_head.weight, torch.tensor([[-100, 5, 1]])).sum.detach()
         tensor([-4.1589])
 
-    Note:
-        One host sync: the number of active positions. A GPU peak of the default budget can be lower: 512 MiB of logits
-        at a time suffice; the rest of it is for D.
-
     Source:
-        The factored gradient is the softmax cross-entropy's; the order of work is this library's, see DESIGN.md.
+        The factored gradient is the softmax cross-entropy's; the order of work is this library's, see DESIGN.md. What
+        it costs: docs/logps.md.
     """
-    hidden, head, bias, columns = local_head(hidden, weight, bias)
-    A, B, lora_scale = head[1:] if isinstance(head, LowRank) else (None, None, 1.0)
-    weight = head.weight if isinstance(head, LowRank) else head
+    hidden, weight, bias, columns = local_head(hidden, weight, bias)
+    head = Head.of(weight, bias, logit_scale=logit_scale, softcap=softcap)
     packed = cu_seqlens is not None
     check_positions("hidden", hidden, "D", packed)
-    check_head(hidden, weight, bias, None if A is None or B is None else (A, B), shard=columns is not None)
+    check_head(hidden, head.weight, bias, head.lora_A, head.lora_B, shard=columns is not None)
     check_labels(labels, hidden, "hidden")
     if packed:
         check_cu_seqlens(cu_seqlens, labels)
@@ -117,20 +105,14 @@ def linear_sequence_logps(
     check_backend(backend)
 
     if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if A is not None and B is not None:
-        A, B = A.to(hidden.dtype), B.to(hidden.dtype)  # PEFT keeps adapters in float32 beside a bfloat16 model
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    head = head.to(hidden.dtype)  # PEFT, too, keeps adapters in float32 beside a bfloat16 model
     packing = Packing(cu_seqlens, labels.shape[0]) if cu_seqlens is not None else None
     target = targets(labels, shift, ignore_index, packing)
-    grad = torch.is_grad_enabled()
-    needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    needs += [grad and any(x is not None and x.requires_grad for x in (A, B))]
-    *numbers, group = columns or ("",)
-    logps = linear_ops.linear_logps(
-        hidden[None] if packed else hidden, weight, bias, A, B, target[None] if packed else target,
-        [lora_scale, logit_scale or 1.0, softcap or 0.0], ignore_index,
-        int(logits_budget or 0), needs, backend, numbers, group,
-    )[0]  # fmt: skip
+    call = LinearCall.of(
+        hidden[None] if packed else hidden, head, target[None] if packed else target, columns=columns,
+        ignore_index=ignore_index, budget=int(logits_budget or 0), backend=backend,
+    )  # fmt: skip
+    logps, *_ = linear_ops.linear_logps(**call.to_schema())
     logps = logps[0] if packed else logps
     return per_sequence(logps, target != ignore_index, token_weights, shift, packing)

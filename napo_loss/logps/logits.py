@@ -16,6 +16,7 @@ from napo_loss.checks import (
     check_writable,
 )
 from napo_loss.logps import ops, sharded
+from napo_loss.logps.calls import LogitsCall, ShardedCall
 from napo_loss.logps.tokens import Packing, per_sequence, targets
 from napo_loss.parallel.shards import local_logits
 from napo_loss.types import SequenceLogps, VocabShard
@@ -41,19 +42,17 @@ def sequence_logps(
     Args:
         logits: ``[N, T, V]``, float32, bfloat16, float16 (computed in float32) or float64; any strides. Where the
             vocabulary is split over ranks: a DTensor with ``Shard(-1)``, or a :class:`napo_loss.VocabShard` of this
-            rank's columns. Then three floats per active position are exchanged forward and nothing backward, with one
-            host sync.
+            rank's columns.
         labels: ``[N, T]``, int64 or int32, the Hugging Face convention: unshifted, ``ignore_index`` where a
-            token does not count. Position t of the logits predicts label t + 1; the shift copies nothing.
+            token does not count. Position t of the logits predicts label t + 1.
         token_weights: ``[N, T]``, aligned with ``labels``; weighs each token's log-prob. Not differentiated.
         shift: ``False`` where position t of the logits predicts label t already.
         ignore_index: the label that does not count.
         cu_seqlens: ``[N + 1]``, int32 or int64, rising from 0 to total: sequences are packed, without padding, into
             ``logits [total, V]``, ``labels [total]`` and ``token_weights [total]``. No sequence predicts the first
             token of the next. Wrong offsets are an error on a CPU and NaN on a GPU.
-        inplace_backward: write the gradient over the logits, which saves their size in memory. Only when
-            nothing else reads the logits, the last layer's backward included. Under ``torch.compile``
-            ignored: there the compiler plans memory.
+        inplace_backward: write the gradient over the logits. Only when nothing else reads them, the last layer's
+            backward included. Ignored under ``torch.compile``.
         backend: ``"auto"``: Triton kernels on a GPU, plain tensor operations in row chunks elsewhere (and for
             float64); or one of them by name.
 
@@ -80,12 +79,9 @@ def sequence_logps(
         >>> logps.length
         tensor([2., 3.])
 
-    Note:
-        Two launches forward and one backward on a GPU, no host sync. Per active share c of the positions the
-        logits are read c times forward, and read c times and written once backward.
-
     Source:
-        The factored gradient is the softmax cross-entropy's; the convention is transformers'.
+        The factored gradient is the softmax cross-entropy's; the convention is transformers'. What it costs:
+        docs/logps.md.
     """
     packed = cu_seqlens is not None
     logits, columns = local_logits(logits)
@@ -101,15 +97,17 @@ def sequence_logps(
     check_backend(backend)
     inplace = inplace_backward and not torch.compiler.is_compiling()
     if not packed and columns is None:
-        sums, lengths, _ = ops.sequence_logps(logits, labels, token_weights, int(shift), ignore_index, inplace, backend)
+        call = LogitsCall(logits, labels, token_weights, int(shift), ignore_index, inplace, backend)
+        sums, lengths, _ = ops.sequence_logps(**call.to_schema())
         return SequenceLogps(sums, lengths.detach())
     packing = Packing(cu_seqlens, labels.shape[0]) if cu_seqlens is not None else None
     target = targets(labels, shift, ignore_index, packing)
     # Each packed position is a sequence of its own to the kernels; adding up `total` floats is cheap.
-    x, y = (logits[:, None], target[:, None]) if packed else (logits, target)
+    x, y = (logits[:, None], target[:, None]) if packed else (logits, target)  # [total, 1, V] and [total, 1]
     if columns is None:
-        logps = ops.sequence_logps(x, y, None, 0, ignore_index, inplace, backend)[0]
+        call = LogitsCall.of_targets(x, y, ignore_index=ignore_index, inplace_backward=inplace, backend=backend)
+        logps, _, _ = ops.sequence_logps(**call.to_schema())
     else:
-        *numbers, group = columns
-        logps = sharded.sharded_logps(x, y, ignore_index, inplace, numbers, group, backend)[0]
+        call = ShardedCall(x, y, columns, ignore_index, inplace, backend)
+        logps, _, _ = sharded.sharded_logps(**call.to_schema())
     return per_sequence(logps.view(target.shape), target != ignore_index, token_weights, shift, packing)

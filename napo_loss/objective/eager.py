@@ -1,4 +1,4 @@
-"""The formulas of the objective in plain tensor operations, float32 at least, on any device."""
+"""The objective in plain tensor operations, the twin of its kernel: float32 at least, on any device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from napo_loss.backend import upcast
 from napo_loss.objective.estimators import Q_BOUNDS, q_of, smooth
-from napo_loss.objective.negatives import Group
+from napo_loss.objective.negatives import PreferenceBatch
 from napo_loss.objective.recipes import Negative, Recipe
 from napo_loss.parallel.reductions import mean_over_group
-from napo_loss.types import MIN_LENGTH
+from napo_loss.types import MIN_LENGTH, NaPOOutput
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,41 +25,45 @@ WEIGHT_FLOOR = 0.01
 """The smallest share a negative keeps under dynamic weights."""
 
 
-def combine(
-    group: Group, beta: float, recipe: Recipe, previous_q: Tensor | None, process_group: ProcessGroup | None
-) -> tuple[Tensor, ...]:
+def objective(
+    batch: PreferenceBatch,
+    beta: float | Tensor,
+    recipe: Recipe,
+    previous_q: Tensor | None,  # [K] or [K, B]
+    process_group: ProcessGroup | None,
+) -> NaPOOutput:
     """The objective in plain tensor operations, differentiable any number of times."""
-    chosen = log_ratio(group.policy_chosen, group.reference_chosen)
-    rejected = log_ratio(group.policy_rejected, group.reference_rejected)
-    sft = recipe.sft_weight * upcast(group.policy_chosen)
+    logps, negatives = batch.logps, list(enumerate(batch.negatives))
+    chosen = log_ratio(logps.policy_chosen, logps.reference_chosen)  # [B]
+    rejected = log_ratio(logps.policy_rejected, logps.reference_rejected)  # [K, B]
+    sft = recipe.sft_weight * upcast(logps.policy_chosen)
     margins = {"sum": chosen - rejected}
-    if group.chosen_length is not None and group.rejected_length is not None:
-        chosen_length = group.chosen_length.clamp_min(MIN_LENGTH)
-        rejected_length = group.rejected_length.clamp_min(MIN_LENGTH)
+    if logps.chosen_length is not None and logps.rejected_length is not None:
+        chosen_length = logps.chosen_length.clamp_min(MIN_LENGTH)
+        rejected_length = logps.rejected_length.clamp_min(MIN_LENGTH)
         margins["mean"] = chosen / chosen_length - rejected / rejected_length
         if recipe.average_logps:
             chosen, rejected, sft = chosen / chosen_length, rejected / rejected_length, sft / chosen_length
     psi = margins["mean" if recipe.average_logps else "sum"]
 
-    negatives = list(enumerate(group.negatives))
     seen = torch.stack([margins[n.margin][k] if n.q is None else psi[k] for k, n in negatives])
     means = torch.stack([seen.mean(-1), beta * psi.mean(-1)]).detach()
-    by_count = recipe.reduction == "mean"
-    means = mean_over_group(means, psi.shape[-1], by_count=by_count, process_group=process_group)
-    estimate = seen.detach() if recipe.reduction == "none" else means[0]
+    by_count = recipe.q_from == "all_pairs"
+    seen_mean, reward_mean = mean_over_group(means, psi.shape[-1], by_count=by_count, process_group=process_group)
+    estimate = seen.detach() if recipe.q_from == "each_pair" else seen_mean
     previous = [None] * len(negatives) if previous_q is None else previous_q
     q = torch.stack([_q_of_negative(n, estimate[k], previous[k], recipe.decay) for k, n in negatives])
     if recipe.weights == "dynamic":
-        weights = dynamic_weights(means[1])
+        weights = dynamic_weights(reward_mean)
     else:
-        weights = torch.stack([torch.full_like(means[1, k], n.weight) for k, n in negatives])
+        weights = torch.stack([torch.full_like(reward_mean[k], n.weight) for k, n in negatives])
     losses = box_cox(beta * psi, q if q.dim() == 2 else q[:, None])
     losses = (weights[:, None] * losses).sum(0) - sft
-    return losses, (beta * chosen).detach(), (beta * rejected).detach(), q, weights
+    return NaPOOutput(losses, (beta * chosen).detach(), (beta * rejected).detach(), q, weights)
 
 
 def dynamic_weights(reward_margins: Tensor) -> Tensor:
-    """Each negative's share of the summed mean reward margins, floored at 0.01 — the published rule.
+    """Each negative's share of the summed mean reward margins, floored at 0.01: the rule that the paper prints.
 
     That rule is undefined when the margins sum to 0 or less, and runs away when they nearly cancel. Here a
     negative margin counts as 0, which changes nothing while all are positive, and where none is positive the

@@ -2,119 +2,182 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from napo_loss.backend import no_double_backward
+from napo_loss.backend import Call, no_double_backward
 from napo_loss.objective import eager
 from napo_loss.objective.estimators import Q_BOUNDS
+from napo_loss.objective.negatives import BatchLogps, PreferenceBatch
+from napo_loss.objective.recipes import Negative, Recipe
 from napo_loss.types import MIN_LENGTH
+
+if TYPE_CHECKING:
+    from napo_loss.kernels.objective_records import Outputs, Settings
+
+
+class NegativeNumbers(NamedTuple):
+    """The settings of K negatives as numbers, column by column: what a schema can hold, and a cache look up."""
+
+    alpha: tuple[float, ...]
+    reads_mean: tuple[float, ...]  # 0 or 1
+    fixed_q: tuple[float, ...]  # NaN where q is estimated
+    weight: tuple[float, ...]
+
+    @classmethod
+    def of(cls, negatives: tuple[Negative, ...]) -> NegativeNumbers:
+        return cls(
+            alpha=tuple(float(n.alpha) for n in negatives),
+            reads_mean=tuple(float(n.margin == "mean") for n in negatives),
+            fixed_q=tuple(math.nan if n.q is None else float(n.q) for n in negatives),
+            weight=tuple(float(n.weight) for n in negatives),
+        )
+
+
+@dataclass(frozen=True)
+class ObjectiveCall(Call):
+    """Everything the kernel computes with. ``means [2, K]``: those of all ranks, None where this rank's own count."""
+
+    SCHEMA: ClassVar[dict[str, str]] = {
+        "policy_chosen": "Tensor", "policy_rejected": "Tensor", "reference_chosen": "Tensor?",
+        "reference_rejected": "Tensor?", "chosen_length": "Tensor?", "rejected_length": "Tensor?",
+        "previous_q": "Tensor?", "means": "Tensor?", "alpha": "float[]", "reads_mean": "float[]", "fixed_q": "float[]",
+        "weight": "float[]", "beta": "float", "sft_weight": "float", "decay": "float", "average": "bool",
+        "dynamic": "bool",
+    }  # fmt: skip
+
+    logps: BatchLogps
+    previous_q: Tensor | None  # [K]
+    means: Tensor | None
+    negatives: NegativeNumbers
+    beta: float
+    sft_weight: float
+    decay: float
+    average: bool
+    dynamic: bool
+
+    @classmethod
+    def of(cls, batch: PreferenceBatch, beta: float, recipe: Recipe, previous_q: Tensor | None = None) -> ObjectiveCall:
+        return cls(
+            batch.logps, previous_q, None, NegativeNumbers.of(batch.negatives), beta, float(recipe.sft_weight),
+            float(recipe.decay), recipe.average_logps, recipe.weights == "dynamic",
+        )  # fmt: skip
+
+    def with_means(self, means: Tensor) -> ObjectiveCall:
+        return replace(self, means=means)
+
+    def to_schema(self) -> dict[str, Any]:
+        return {
+            **self.logps._asdict(), "previous_q": self.previous_q, "means": self.means, **self.negatives._asdict(),
+            "beta": self.beta, "sft_weight": self.sft_weight, "decay": self.decay, "average": self.average,
+            "dynamic": self.dynamic,
+        }  # fmt: skip
+
+    @classmethod
+    def from_schema(cls, *values: Any) -> ObjectiveCall:
+        given = cls.named(values)
+        logps = BatchLogps(*(given.pop(name) for name in BatchLogps._fields))
+        negatives = NegativeNumbers(*(tuple(given.pop(name)) for name in NegativeNumbers._fields))
+        return cls(logps=logps, negatives=negatives, **given)
+
+    def launch(self, *, compute_loss: bool) -> Outputs:
+        from napo_loss.kernels.objective import objective
+        from napo_loss.kernels.objective_records import Constants, Switches
+
+        constants = Constants(*Q_BOUNDS, eager.MIN_Q, eager.WEIGHT_FLOOR, MIN_LENGTH)
+        return objective(
+            self.logps._asdict(), on_device(self.negatives, self.logps.policy_chosen.device), self.previous_q,
+            self.means, constants, Switches(self.average, self.dynamic, compute_loss), beta=self.beta,
+            sft_weight=self.sft_weight, decay=self.decay,
+        )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
-def _settings(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """The per-negative constants on the device: copied once, so that a training step has no host sync."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+def on_device(numbers: NegativeNumbers, device: torch.device) -> Settings:
+    """Copied once, so that a training step has no host sync."""
+    from napo_loss.kernels.objective_records import Settings
+
+    return Settings(*torch.tensor(numbers, dtype=torch.float32, device=device).unbind())
 
 
-def _launch_objective(logps, previous_q, means, settings, scalars, switches):
-    from napo_loss.kernels.objective import Constants, objective
-
-    K = logps[1].shape[0]
-    values = _settings(tuple(settings), logps[0].device).view(4, K)
-    constants = Constants(*Q_BOUNDS, eager.MIN_Q, eager.WEIGHT_FLOOR, MIN_LENGTH)
-    return objective(logps, values, previous_q, means, tuple(scalars), constants, switches=switches)
-
-
-@torch.library.custom_op("napo_loss::objective_means", mutates_args=())
-def objective_means(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor | None,
-    reference_rejected: Tensor | None,
-    chosen_length: Tensor | None,
-    rejected_length: Tensor | None,
-    settings: Sequence[float],
-    scalars: Sequence[float],
-    average: bool,
-) -> Tensor:
+@torch.library.custom_op("napo_loss::objective_means", mutates_args=(), schema=ObjectiveCall.signature("Tensor"))
+def objective_means(*values: Any) -> Tensor:
     """``[2, K]``: the mean margin behind q and the mean reward margin, for an all-reduce between the two halves."""
-    logps = (
-        policy_chosen, policy_rejected, reference_chosen, reference_rejected, chosen_length, rejected_length
-    )  # fmt: skip
-    switches = {"AVERAGE": average, "DYNAMIC": False, "COMPUTE_LOSS": False}
-    return _launch_objective(logps, None, None, settings, scalars, switches)[0]
+    return ObjectiveCall.from_schema(*values).launch(compute_loss=False).means
 
 
 @objective_means.register_fake
-def _(policy_chosen, policy_rejected, *_):
-    return policy_rejected.new_empty((2, policy_rejected.shape[0]), dtype=torch.float32)
+def _(*values):
+    rejected = ObjectiveCall.from_schema(*values).logps.policy_rejected
+    return rejected.new_empty((2, rejected.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("napo_loss::objective", mutates_args=())
-def objective(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor | None,
-    reference_rejected: Tensor | None,
-    chosen_length: Tensor | None,
-    rejected_length: Tensor | None,
-    previous_q: Tensor | None,
-    means: Tensor | None,
-    settings: Sequence[float],
-    scalars: Sequence[float],
-    average: bool,
-    dynamic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Losses ``[B]``, rewards ``[B]`` and ``[K, B]``, q ``[K]``, weights ``[K]``, and ``grads [1 + K, B]``.
+class Objective(NamedTuple):
+    """What the operator returns."""
 
-    ``settings``: see :func:`napo_loss.negatives.flat_settings`. ``scalars``: β, SFT weight, decay.
-    """
-    logps = (
-        policy_chosen, policy_rejected, reference_chosen, reference_rejected, chosen_length, rejected_length
-    )  # fmt: skip
-    switches = {"AVERAGE": average, "DYNAMIC": dynamic, "COMPUTE_LOSS": True}
-    _, *outputs = _launch_objective(logps, previous_q, means, settings, scalars, switches)
-    losses, chosen_rewards, rejected_rewards, q, weights, grads = outputs
-    return losses, chosen_rewards, rejected_rewards, q, weights, grads
+    losses: Tensor  # [B]
+    chosen_rewards: Tensor  # [B]
+    rejected_rewards: Tensor  # [K, B]
+    q: Tensor  # [K]
+    weights: Tensor  # [K]
+    dlogps: Tensor  # [1 + K, B]: dloss_b/dlogπ
+
+
+@torch.library.custom_op(
+    "napo_loss::objective", mutates_args=(), schema=ObjectiveCall.signature(f"({', '.join(['Tensor'] * 6)})")
+)
+def objective(*values: Any) -> Objective:
+    out = ObjectiveCall.from_schema(*values).launch(compute_loss=True)
+    return Objective(out.losses, out.chosen_rewards, out.rejected_rewards, out.q, out.weights, out.dlogps)
 
 
 @objective.register_fake
-def _(policy_chosen, policy_rejected, *_):
-    K, B = policy_rejected.shape
-    shapes = ((B,), (B,), (K, B), (K,), (K,), (1 + K, B))
-    return tuple(policy_rejected.new_empty(shape, dtype=torch.float32) for shape in shapes)
+def _(*values):
+    rejected = ObjectiveCall.from_schema(*values).logps.policy_rejected
+    K, B = rejected.shape
+
+    def new(*shape):
+        return rejected.new_empty(shape, dtype=torch.float32)
+
+    return Objective(
+        losses=new(B), chosen_rewards=new(B), rejected_rewards=new(K, B), q=new(K), weights=new(K), dlogps=new(1 + K, B)
+    )
 
 
 @torch.library.custom_op("napo_loss::objective_backward", mutates_args=())
-def objective_backward(grads: Tensor, grad_losses: Tensor) -> Tensor:
+def objective_backward(dlogps: Tensor, grad_losses: Tensor) -> Tensor:
     """``[1 + K, B]``: the chain rule's last factor. An operator so that a second derivative is an error."""
-    return grads * grad_losses
+    return dlogps * grad_losses
 
 
 @objective_backward.register_fake
-def _(grads, grad_losses):
-    return torch.empty_like(grads)
+def _(dlogps, grad_losses):
+    return torch.empty_like(dlogps)
 
 
 objective_backward.register_autograd(no_double_backward)
 
 
 def _objective_context(ctx, inputs, output):
-    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
-    ctx.save_for_backward(output[5])
+    logps = ObjectiveCall.from_schema(*inputs).logps
+    ctx.chosen_dtype, ctx.rejected_dtype = logps.policy_chosen.dtype, logps.policy_rejected.dtype
+    ctx.save_for_backward(Objective(*output).dlogps)
     ctx.set_materialize_grads(False)
 
 
 def _objective_backward(ctx, grad_losses, *_):
     if grad_losses is None:
-        return (None,) * 12
-    (grads,) = ctx.saved_tensors
-    grads = objective_backward(grads, grad_losses)
-    return grads[0].to(ctx.dtypes[0]), grads[1:].to(ctx.dtypes[1]), *(None,) * 10
+        return ObjectiveCall.gradients()
+    (dlogps,) = ctx.saved_tensors
+    grads = objective_backward(dlogps, grad_losses)
+    return ObjectiveCall.gradients(
+        policy_chosen=grads[0].to(ctx.chosen_dtype), policy_rejected=grads[1:].to(ctx.rejected_dtype)
+    )
 
 
 objective.register_autograd(_objective_backward, setup_context=_objective_context)

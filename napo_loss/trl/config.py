@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from trl.trainer.dpo_config import DPOConfig
 
+from napo_loss.objective.checks import Q_FROM
 from napo_loss.objective.negatives import default_negatives
 from napo_loss.objective.recipes import Negative, Recipe
 
@@ -41,8 +42,8 @@ PAPER = {
 class NaPOConfig(DPOConfig):
     r"""Arguments of :class:`NaPOTrainer`: those of TRL's ``DPOConfig`` and the ones below.
 
-    Defaults are the paper's: β = 0.1, learning rate 5e-7. Options that shape another loss (``loss_type``, ``ld_alpha``,
-    …: :data:`REFUSED`) raise an error when set, because they would change nothing.
+    β = 0.1 and the learning rate of 5e-7 are what the paper prints; other defaults are TRL's. Options that shape
+    another loss (``loss_type``, ``ld_alpha``, …: :data:`REFUSED`) raise an error when set: they would change nothing.
 
     Args:
         negatives: columns of negatives with their :class:`napo_loss.Negative` settings, as
@@ -52,8 +53,8 @@ class NaPOConfig(DPOConfig):
         negative_weights: ``"fixed"`` or ``"dynamic"``, see :class:`napo_loss.Recipe`.
         sft_weight: adds ``−sft_weight·log π(y_w)``.
         average_logps: the loss reads per-token means instead of sums.
-        q_reduction: ``"rank_mean"``, ``"mean"`` or ``"none"``, see :func:`napo_loss.noise_level`.
-        q_decay: share of the previous step's q that is kept, in [0, 1). As in the published code q is read from each
+        q_from: ``"rank_means"``, ``"all_pairs"`` or ``"each_pair"``, see :func:`napo_loss.noise_level`.
+        q_decay: share of the previous step's q that is kept, in [0, 1). As in the released code q is read from each
             micro-batch, so gradient accumulation does not change it, and with small micro-batches it is noisy: 0.9
             averages over about ten of them. The state is saved with checkpoints.
     """
@@ -69,9 +70,7 @@ class NaPOConfig(DPOConfig):
     )
     sft_weight: float = field(default=0.0, metadata={"help": "Weight of the negative log-likelihood of the chosen."})
     average_logps: bool = field(default=False, metadata={"help": "Per-token mean log-probs instead of sums."})
-    q_reduction: str = field(
-        default="rank_mean", metadata={"help": "Mean margin behind q.", "choices": ["rank_mean", "mean", "none"]}
-    )
+    q_from: str = field(default="rank_means", metadata={"help": "The margin behind q.", "choices": list(Q_FROM)})
     q_decay: float = field(default=0.0, metadata={"help": "Share of the previous q that is kept."})
 
     def __post_init__(self):
@@ -82,14 +81,8 @@ class NaPOConfig(DPOConfig):
                     f"{name}={getattr(self, name)!r} has no effect on the NaPO loss and is refused: leave it at "
                     f"{neutral!r}, or use TRL's DPOTrainer"
                 )
-        if self.negatives is not None:
-            if not isinstance(self.negatives, dict) or not self.negatives:
-                raise ValueError(f"negatives must map column names to settings, got {self.negatives!r}")
-            for name, settings in self.negatives.items():
-                try:
-                    Negative(**settings)
-                except TypeError as error:
-                    raise ValueError(f"negatives[{name!r}] = {settings!r}: {error}") from None
+        if self.negatives is not None and (not isinstance(self.negatives, dict) or not self.negatives):
+            raise ValueError(f"negatives must map column names to settings, got {self.negatives!r}")
         self.recipe(["rejected"] if self.negatives is None else list(self.negatives))  # checks the other values
 
     def recipe(self, names: list[str]) -> Recipe:
@@ -97,12 +90,12 @@ class NaPOConfig(DPOConfig):
         if self.negatives is None:
             negatives = dict(zip(names, default_negatives(names, len(names)), strict=True))
         else:
-            negatives = {name: Negative(**settings) for name, settings in self.negatives.items()}
+            negatives = {name: Negative.of(f"negatives[{name!r}]", x) for name, x in self.negatives.items()}
         return Recipe(
             negatives,
             weights=self.negative_weights,  # pyright: ignore[reportArgumentType]  checked by Recipe
             average_logps=self.average_logps,
             sft_weight=self.sft_weight,
-            reduction=self.q_reduction,  # pyright: ignore[reportArgumentType]
+            q_from=self.q_from,  # pyright: ignore[reportArgumentType]
             decay=self.q_decay,
         )

@@ -11,16 +11,27 @@ import torch
 from trl.data_utils import _tokenize, common_prefix_length, is_conversational
 from trl.trainer.utils import global_then_local_main_first
 
-from napo_loss.objective.recipes import PAPER_NEGATIVES
+from napo_loss.objective.recipes import DEFAULT_NEGATIVES
 
 RESERVED = ("prompt", "chosen", "margins", "accuracies")
 """Names no negative can have: columns that mean something else, or metrics (``rewards/margins``)."""
 
 
+def first_row(name: str, dataset: Any) -> Mapping[str, Any]:
+    """A row, for its columns; an error that says so where there is none, or where the splits are still together."""
+    if isinstance(dataset, Mapping):
+        raise TypeError(f"{name} must be one dataset, got a {type(dataset).__name__} of {list(dataset)}: choose one")
+    for row in dataset:
+        return row
+    raise ValueError(f"{name} is empty: it holds no row to train or evaluate on")
+
+
 def negative_columns(columns: Iterable[str], configured: Mapping[str, Any] | None) -> list[str]:
     """The negatives to train on: those configured, or ``rejected`` and the paper's columns that are there."""
     columns = list(columns)
-    names = [n for n in PAPER_NEGATIVES if n in columns or n == "rejected"] if configured is None else list(configured)
+    names = [name for name in DEFAULT_NEGATIVES if name in columns or name == "rejected"]
+    if configured is not None:
+        names = list(configured)
     if taken := [name for name in names if name in RESERVED]:
         raise ValueError(f"no negative can be called {taken[0]!r}: {', '.join(RESERVED)} mean something else")
     for name in ("chosen", "rejected", *names):  # TRL prepares `rejected` whether it is trained on or not
@@ -30,7 +41,7 @@ def negative_columns(columns: Iterable[str], configured: Mapping[str, Any] | Non
 
 
 @dataclass
-class GroupCollator:
+class NegativesCollator:
     """``[chosen; negative 1; …; negative K]`` in one batch, from a TRL collator that makes ``[chosen; rejected]``.
 
     The 1 + K blocks are dealt out as the two halves of one longer preference batch, in an order that makes TRL's
@@ -133,7 +144,7 @@ def tokenize_negative(
     """``<name>_ids`` beside the ``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` that TRL made.
 
     The completion begins where the tokenised prompt and prompt + completion diverge. Should that be earlier than
-    was found for the ``others``, the prompt is cut there for them too: one group has one prompt.
+    was found for the ``others``, the prompt is cut there for them too: all negatives share one prompt.
     """
     prompt, negative = example["prompt"], example[name]
     tools = example.get("tools")

@@ -1,9 +1,4 @@
-"""NaPO in TRL: ``NaPOTrainer``; arguments are in ``trl_config``, batches in ``trl_data``, models in ``trl_models``.
-
-    from napo_loss.trl import NaPOConfig, NaPOTrainer
-
-    trainer = NaPOTrainer(model, args=NaPOConfig(output_dir="out"), train_dataset=pairs)
-    trainer.train()
+"""``NaPOTrainer``: the steps of TRL's ``DPOTrainer`` that NaPO changes.
 
 Written for TRL 1.16. What TRL does well stays TRL's: preparing data, loading the reference model, and the policy's
 fused head, which gives token metrics beside the log-probs. The loss and the reference's log-probs are ours.
@@ -25,9 +20,9 @@ from datasets import Dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference, DPOTrainer
 
 from napo_loss.hf.head import fused_head
-from napo_loss.objective.loss import napo_loss
+from napo_loss.objective.module import NaPOLoss
 from napo_loss.trl.config import PAPER, NaPOConfig
-from napo_loss.trl.data import GroupCollator, negative_columns, reference_column, tokenize_negatives
+from napo_loss.trl.data import NegativesCollator, first_row, negative_columns, reference_column, tokenize_negatives
 from napo_loss.trl.models import gathered_head, needs_copy
 from napo_loss.types import SequenceLogps
 
@@ -62,26 +57,31 @@ class NaPOTrainer(DPOTrainer):
             raise ValueError("`train_dataset` is required")
         if kwargs.get("data_collator") is not None and args.precompute_ref_log_probs:
             raise ValueError("precompute_ref_log_probs=True needs the trainer's own data_collator, not one of yours")
-        if args.q_decay > 0 and args.q_reduction == "none":
-            raise ValueError("q_decay has nothing to smooth with q_reduction='none': each sample has a q of its own")
-        self.negatives = negative_columns(next(iter(dataset)), args.negatives)
+        if args.q_decay > 0 and args.q_from == "each_pair":
+            raise ValueError("q_decay has nothing to smooth with q_from='each_pair': each pair has a q of its own")
+        self.negatives = negative_columns(first_row("train_dataset", dataset), args.negatives)
         evaluated = kwargs.get("eval_dataset")
-        for other in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
+        named = evaluated if isinstance(evaluated, dict) else {None: evaluated}
+        for split, other in named.items():
             if other is not None:
-                negative_columns(next(iter(other)), dict.fromkeys(self.negatives))
+                name = "eval_dataset" if split is None else f"eval_dataset[{split!r}]"
+                negative_columns(first_row(name, other), dict.fromkeys(self.negatives))
         self.recipe = args.recipe(self.negatives)
-        self.q: torch.Tensor | None = None  # of the training step before
         copied = ref_model is None and needs_copy(model, args, kwargs.get("peft_config"))
         super().__init__(model, copy.deepcopy(model) if copied else ref_model, args, **kwargs)
         if copied and args.precompute_ref_log_probs:
             self.ref_model = None  # has done its work, as the one that TRL would have loaded
+        ranks = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self.napo = NaPOLoss(self.beta, self.recipe, ranks)
         if isinstance(self.data_collator, (DataCollatorForPreference, DataCollatorForVisionPreference)):
             suffix = "" if self._is_vision_dataset else "_ids"
-            self.data_collator = GroupCollator(self.data_collator, self.negatives, suffix, self.precompute_ref_logps)
+            self.data_collator = NegativesCollator(
+                self.data_collator, self.negatives, suffix, self.precompute_ref_logps
+            )
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         extra = [name for name in self.negatives if name != "rejected"]
-        columns = list(next(iter(dataset)))
+        columns = list(first_row(f"the {dataset_name} dataset", dataset))
         if extra and "prompt" not in columns:
             raise ValueError(
                 f"several negatives need an explicit 'prompt' column; the {dataset_name} dataset has {columns}"
@@ -156,13 +156,8 @@ class NaPOTrainer(DPOTrainer):
         chosen, rejected = SequenceLogps(token_logps.sum(1), mask.sum(1).float()).pairs(K)
         rejected = SequenceLogps(*(x.view(K, -1) for x in rejected))
         reference = reference.view(1 + K, -1)
-        ranks = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
-        out = napo_loss(
-            chosen, rejected, reference[0], reference[1:], beta=self.beta, recipe=self.recipe,
-            previous_q=self._previous_q(), process_group=ranks,
-        )  # fmt: skip
-        if self.model.training and self.recipe.decay > 0 and self.recipe.reduction != "none":
-            self.q = out.q
+        self.napo.train(self.model.training)  # evaluation neither reads nor moves what training smooths
+        out = self.napo(chosen, rejected, reference[0], reference[1:])
         loss = out.losses.mean()
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
@@ -172,10 +167,10 @@ class NaPOTrainer(DPOTrainer):
                 outputs = model(**model_inputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _previous_q(self) -> torch.Tensor | None:
-        if self.q is None or not self.model.training:
-            return None  # evaluation neither reads nor moves what training smooths
-        return self.q.to(self.accelerator.device)
+    @property
+    def q(self) -> torch.Tensor | None:
+        """Of the training step before, where q is smoothed."""
+        return self.napo.previous_q
 
     @torch.no_grad()
     def _record(self, out, chosen, rejected, outputs, inputs):
@@ -234,7 +229,7 @@ class NaPOTrainer(DPOTrainer):
         q = json.loads(path.read_text())["q"]
         if set(q) != set(self.negatives):
             raise ValueError(f"{path} holds q for {list(q)}, but the negatives are {self.negatives}")
-        self.q = torch.tensor([q[name] for name in self.negatives])
+        self.napo.previous_q = torch.tensor([q[name] for name in self.negatives], device=self.accelerator.device)
 
 
 def total(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
