@@ -322,8 +322,8 @@ def test_a_rank_that_dies_or_disagrees_is_an_error_and_no_hang(how, tmp_path):
 
 @pytest.mark.slow
 def test_the_example_is_the_same_on_every_grid():
-    def run(processes, tp):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    def run(count, tp):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         command = [*launch, "examples/parallel.py", "--steps", "3", "--tp", str(tp)]
         done = processes.run(command)
         assert done.returncode == 0, done.stderr[-3000:]
