@@ -2,6 +2,7 @@
 # make test   environment + all tests
 # make lint   environment + ruff, pyright
 # make bench  environment + the benchmarks of this machine
+# make docs   environment + the documentation, in site/
 #
 # Each installs what it needs into .venv, from pyproject.toml with the versions tested in constraints.txt. To use an
 # environment that you have (CUDA torch, say), name its interpreter: make test PYTHON=$(which python) VENV=
@@ -9,7 +10,7 @@ VENV := .venv
 BASE_PYTHON := python3
 PYTHON := $(if $(VENV),$(VENV)/bin/python,$(BASE_PYTHON))
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench docs
 demo: $(if $(VENV),$(VENV)/.demo)
 	$(PYTHON) examples/demo.py
 
@@ -23,6 +24,9 @@ lint: $(if $(VENV),$(VENV)/.dev)
 
 bench: $(if $(VENV),$(VENV)/.bench)
 	$(PYTHON) -m benchmarks
+
+docs: $(if $(VENV),$(VENV)/.docs)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 $(VENV)/bin/python:
 	$(BASE_PYTHON) -m venv $(VENV)

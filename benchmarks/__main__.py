@@ -1,8 +1,9 @@
 """Measures every public function against what users would pick instead, and leaves a CSV, a figure and tables.
 
 Suites: logits, linear, objective, end_to_end, and static, which compiles the kernels and needs no GPU. Without a name
-all run (static where there is no GPU). Results are written to benchmarks/results, those of --quick to runs/; a suite
-that runs again replaces its rows, and Ctrl-C keeps what was measured. A run is bounded: see benchmarks/runner.py.
+all run (static where there is no GPU). Results are written to benchmarks/results, those of --quick to runs/, and their
+tables into docs/benchmarks.md where it names them; a suite that runs again replaces its rows, and Ctrl-C keeps what was
+measured. A run is bounded: see benchmarks/runner.py.
 """
 
 import argparse

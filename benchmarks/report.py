@@ -1,4 +1,4 @@
-"""The Markdown tables: a few lines of each suite, which README includes; the CSV has every row and its spread."""
+"""The Markdown tables: a few lines of each suite, which docs/benchmarks.md includes; the CSV has every row."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,12 +38,12 @@ def _finished(suite: str, cases: Sequence[Case], rows: Sequence[Row]) -> bool:
     return sum(row.suite == suite for row in rows) == expected
 
 
-def paste(readme: Path, table: Path, text: str) -> None:
-    """Puts a table between README's two comments with its path, where README has them."""
-    marker = f"<!-- {table.relative_to(readme.parent).as_posix()} -->"
-    parts = readme.read_text().split(marker) if readme.exists() else []
+def paste(page: Path, table: Path, text: str) -> None:
+    """Puts a table between the page's two comments with its path, seen from the page, where the page has them."""
+    marker = f"<!-- {Path(os.path.relpath(table, page.parent)).as_posix()} -->"
+    parts = page.read_text().split(marker) if page.exists() else []
     if len(parts) == 3:
-        readme.write_text(f"{parts[0]}{marker}\n\n{text.strip()}\n\n{marker}{parts[2]}")
+        page.write_text(f"{parts[0]}{marker}\n\n{text.strip()}\n\n{marker}{parts[2]}")
 
 
 def _write(rows: list[Row], finished: Sequence[str], quick: bool) -> None:
@@ -53,7 +54,7 @@ def _write(rows: list[Row], finished: Sequence[str], quick: bool) -> None:
     for suite, text in report.tables(kept).items():
         table = folder / f"{stem}-{suite}.md"
         table.write_text(text)
-        paste(machine.ROOT / "README.md", table, text)
+        paste(machine.ROOT / "docs/benchmarks.md", table, text)
         if any(row.suite == suite for row in rows):
             print(f"\n{suite}\n{text}")
     if GPU and any(row.suite == "logits" for row in rows):

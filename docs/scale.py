@@ -1,4 +1,4 @@
-"""Bytes on the wire, as formulas that tests compare with counted collectives; prints the table of scale.md.
+"""Bytes on the wire, as formulas that tests compare with counted collectives; prints the table of parallel.md.
 
 python docs/scale.py
 """
@@ -30,7 +30,7 @@ def vocabulary_forward(A: int, chunks: int = 1) -> int:
 
 
 def vocabulary_backward(A: int, D: int) -> int:
-    """The all-reduce of dhidden: active positions, in float32."""
+    """The all-reduce of the gradient of the hidden states: active positions, in float32."""
     return 4 * A * D
 
 

@@ -3,7 +3,7 @@
 python examples/demo.py             # the table, and results/demo.json, .md and .png
 python examples/demo.py --quick     # the same on a toy scale, in seconds
 
-What drives the committed run (README has its table, results/demo.json all numbers):
+What drives the committed run (docs/demo.md has its table, results/demo.json all numbers):
 
 - Identical answers teach nothing. A biased answer that is right equals the chosen one, so only pairs in which the cue
   is wrong pull, always away from the cue. The rejected term pulls back, and these fixed weights leave it 0.04 only:

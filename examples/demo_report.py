@@ -95,7 +95,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of README: ends, and differences paired by seed."""
+    """The table of docs/demo.md: ends, and differences paired by seed."""
     result, n = report["summary"], len(report["seeds"])
     lines = [
         f"| %, {n} seeds, mean ± standard deviation | "

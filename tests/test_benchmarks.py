@@ -307,14 +307,15 @@ def test_goals_are_read_off_the_rows():
     assert "eager at 0.90 times ours" in lines[2]
 
 
-def test_a_table_is_pasted_where_readme_names_it(tmp_path):
-    readme = tmp_path / "README.md"
-    marker = "<!-- results/cpu.md -->"
-    readme.write_text(f"before\n\n{marker}\nold\n{marker}\n\nafter\n")
+def test_a_table_is_pasted_where_a_page_names_it(tmp_path):
+    page = tmp_path / "docs/page.md"
+    page.parent.mkdir()
+    marker = "<!-- ../results/cpu.md -->"
+    page.write_text(f"before\n\n{marker}\nold\n{marker}\n\nafter\n")
     for _ in range(2):
-        suites.paste(readme, tmp_path / "results/cpu.md", "| new |\n")
-        suites.paste(readme, tmp_path / "results/gpu.md", "| other |\n")
-    assert readme.read_text() == f"before\n\n{marker}\n\n| new |\n\n{marker}\n\nafter\n"
+        suites.paste(page, tmp_path / "results/cpu.md", "| new |\n")
+        suites.paste(page, tmp_path / "results/gpu.md", "| other |\n")
+    assert page.read_text() == f"before\n\n{marker}\n\n| new |\n\n{marker}\n\nafter\n"
 
 
 def test_tables_show_every_provider_or_its_reason():

@@ -34,7 +34,7 @@ def test_quick_demo(tmp_path):
 
 
 def test_results_in_the_repository_are_of_this_demo():
-    """Settings that change without a new run would leave the README's table behind."""
+    """Settings that change without a new run would leave the table of docs/demo.md behind."""
     results = ROOT / "examples/results/demo.json"
     if not results.exists():
         pytest.skip("no results committed")

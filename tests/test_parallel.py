@@ -133,7 +133,7 @@ def model_and_data(counts):
 
 
 def check_ragged(group, counts, fused):
-    """README's recipe for ragged ranks (docs/scale.md): DDP averages over ranks, so each scales by ranks/pairs."""
+    """The recipe for ragged ranks in docs/parallel.md: DDP averages over ranks, so each scales by ranks/pairs."""
     model, hidden, labels = model_and_data(counts)
     rank, B = group.rank(), counts[group.rank()]
     wrapped = DistributedDataParallel(model, process_group=group)

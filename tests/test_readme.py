@@ -1,7 +1,12 @@
-"""README stays true: its code runs, its links lead somewhere, its tables are those of the files they come from."""
+"""README and the pages stay true: their code runs, their links lead somewhere, their tables are those of the files."""
 
+import copy
+import importlib
+import json
+import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,57 +15,227 @@ from docs import scale
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
 
 
-def run_code(text: str) -> dict:
-    """The names that are left after the Python blocks ran one after the other."""
+def read(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def blocks(text: str, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def run(*code: str) -> dict:
+    """The names that are left after these blocks ran one after the other."""
     namespace: dict = {}
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) >= 3
-    for block in blocks:
+    for block in code:
         exec(compile(block, "code block", "exec"), namespace)
     return namespace
 
 
-def test_the_code_runs_when_pasted():
-    found = run_code(README)
+def table(text: str, first: str) -> list[list[str]]:
+    """The rows, as cells, of the table whose header begins with ``first``."""
+    lines = text[text.index(f"| {first}") :].split("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip().strip("|").split(" |")] for line in lines]
+    return [rows[0], *rows[2:]]
+
+
+def test_readme_is_one_screen():
+    assert len(README.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("number", range(len(blocks(README))))
+def test_every_block_of_readme_runs_alone(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(blocks(README)[number])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_block_prints_what_readme_shows(capsys):
+    found = run(blocks(README)[0])
     assert found["logits"].grad is not None
-    assert found["out"].q.shape == (2,)
+    assert capsys.readouterr().out == blocks(README, "text")[0]
 
 
-def test_the_code_on_scale_runs_in_one_process():
-    found = run_code((ROOT / "docs/scale.md").read_text())
-    plain = found["linear_sequence_logps"](found["hidden"], found["weight"], found["labels"]).pairs()
-    torch.testing.assert_close(found["chosen"], plain[0])
-    assert found["q"].dim() == 0
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(read(page))])
+def test_the_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = run(*blocks(read(page)))
+    if page == "docs/parallel.md":
+        plain = found["linear_sequence_logps"](found["hidden"], found["weight"], found["labels"]).pairs()
+        torch.testing.assert_close(found["chosen"], plain[0])
+        assert found["q"].dim() == 0
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/scale.md", "DESIGN.md"])
+def hook(namespace: dict, *further):
+    """Calls the pasted hook as a trainer's method; the losses are added to in place, as LLaMA-Factory does."""
+    logps = [torch.tensor([-10.0, -12.0], requires_grad=i < 2) for i in range(4)]
+    losses, chosen, rejected = namespace["dpo_loss"](SimpleNamespace(beta=0.1), *logps, *further)
+    losses += 1.0
+    losses.mean().backward()
+    return logps[0].grad is not None and losses.shape == chosen.shape == rejected.shape == (2,)
+
+
+# What each line of the table of trainers gives, where it can be told without the trainer.
+TRAINERS = {
+    "TRL ≥ 1.16": lambda n: issubclass(n["NaPOTrainer"], importlib.import_module("trl").DPOTrainer),
+    "TRL 0.29 to 1.15": lambda n: "compute_loss" in n["page"],
+    "TRL 0.20 to 0.28": lambda n: hook(n, "sigmoid", {}),
+    "LLaMA-Factory": lambda n: hook(vars(n["CustomDPOTrainer"])),
+    "ms-swift": lambda n: hook(n, "sigmoid", {}) and n["TrainerFactory"].TRAINER_MAPPING == {"dpo": "plugin.Trainer"},
+    "OpenRLHF": lambda n: n["trainer"].loss_fn(*n["logps"])[0].shape == (),
+    "torchtune": lambda n: isinstance(n["component"]()(*n["logps"]).losses, torch.Tensor),
+    "Lightning, accelerate, your loop": lambda n: n["loss"].shape == (),
+    "NeMo-RL": lambda n: n["_"].losses.shape == (1,),
+    "muffin, the paper's": lambda n: n["dpo_loss"](*n["logps"], beta=0.1)[0].shape == (2,),
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_line_for_a_trainer_does_what_it_says(name):
+    rows = dict(table(README, "trainer")[1:])
+    assert set(rows) == set(TRAINERS)
+    code = re.findall(r"`([^`]+)`", rows[name])[0]
+    namespace = run(next(block for block in blocks(README) if "def dpo_loss" in block))
+    namespace |= vars(importlib.import_module("napo_loss"))
+    two = torch.tensor([-10.0, -12.0])
+    namespace |= {"logps": [two] * 4, "chosen": two, "rejected": two, "keep": torch.tensor([True, False])}
+    namespace |= {"group": None, "trainer": SimpleNamespace(), "page": read("docs/trainers.md")}
+    namespace |= {"CustomDPOTrainer": type("T", (), {}), "TrainerFactory": SimpleNamespace(TRAINER_MAPPING={})}
+    if name == "torchtune":
+        module, _, thing = code.removeprefix("_component_: ").rpartition(".")
+        namespace["component"] = getattr(importlib.import_module(module), thing)
+    elif name == "NeMo-RL":
+        namespace["_"] = eval(code, namespace)
+    elif not code.isidentifier():
+        exec(code, namespace)
+    assert TRAINERS[name](namespace)
+
+
+def test_the_subclass_for_trl_computes_the_loss_of_ours(tmp_path):
+    import tiny
+    from trl import DPOConfig
+
+    from napo_loss.trl import NaPOConfig, NaPOTrainer
+
+    theirs = next(block for block in blocks(read("docs/trainers.md")) if "class Trainer" in block)
+    policy, reference = tiny.llama(), tiny.llama()
+    with torch.no_grad():
+        for weight in reference.parameters():
+            weight += 0.01
+    dataset = tiny.text_pairs().select_columns(["prompt", "chosen", "rejected"])
+    losses = []
+    for trainer, config in ((run(theirs)["Trainer"], DPOConfig), (NaPOTrainer, NaPOConfig)):
+        arguments = config(str(tmp_path), report_to="none", bf16=False, gradient_checkpointing=False, use_cpu=True)
+        models = copy.deepcopy(policy), copy.deepcopy(reference)
+        made = trainer(*models, args=arguments, train_dataset=dataset, processing_class=tiny.tokenizer())
+        batch = made.data_collator([made.train_dataset[i] for i in range(len(dataset))])
+        losses.append(made.compute_loss(made.model, batch))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES])
 def test_every_link_leads_somewhere(name):
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", (ROOT / name).read_text()):
-        assert ((ROOT / name).parent / target).exists(), target
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", read(name)):
+        file, _, anchor = target.partition("#")
+        path = (ROOT / name).parent / file if file else ROOT / name
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text()), target
 
 
-def test_every_module_is_listed():
-    for path in [*ROOT.glob("napo_loss/*.py"), *ROOT.glob("kernels/*.py")]:
-        if path.name.startswith("_"):
-            continue
-        assert path.stem in README, f"{path} has no line in README"
+def test_the_site_shows_every_page():
+    listed = re.findall(r": (\S+\.md)$", read("mkdocs.yml"), re.MULTILINE)
+    assert {f"docs/{name}" for name in listed} >= set(PAGES)
 
 
-PASTED = sorted(set(re.findall(r"<!-- (\S+\.md) -->", README)))  # by `python -m benchmarks`
+PASTED = re.findall(r"<!-- \.\./(\S+\.md) -->", read("docs/benchmarks.md"))[::2]  # by `python -m benchmarks`
 
 
-@pytest.mark.parametrize("path", ["examples/results/demo.md", *PASTED])
-def test_tables_are_those_of_the_files(path):
-    table = (ROOT / path).read_text().strip()
-    assert table in README, f"README's table differs from {path}: paste it again"
+@pytest.mark.parametrize(
+    ("path", "page"),
+    [("examples/results/demo.md", "docs/demo.md"), *((path, "docs/benchmarks.md") for path in PASTED)],
+)
+def test_tables_are_those_of_the_files(path, page):
+    assert read(path).strip() in read(page), f"the table of {page} differs from {path}: paste it again"
 
 
 def test_every_table_of_the_cpu_is_shown():
     tables = ROOT.glob("benchmarks/results/x86_64-CPU-*.md")
-    assert sorted(path.relative_to(ROOT).as_posix() for path in tables) == PASTED
+    assert sorted(path.relative_to(ROOT).as_posix() for path in tables) == sorted(PASTED)
 
 
-def test_the_table_on_scale_is_what_its_script_prints():
-    assert scale.table() in (ROOT / "docs/scale.md").read_text(), "run python docs/scale.py and paste the table again"
+def test_the_table_on_parallel_is_what_its_script_prints():
+    assert scale.table() in read("docs/parallel.md"), "run python docs/scale.py and paste the table again"
+
+
+def test_the_benchmark_of_readme_is_a_row_of_its_file():
+    head, row = table(README, "SmolLM2-135M")
+    measured = table(read("benchmarks/results/x86_64-CPU-linear.md"), "SmolLM2-135M: N=2, T=192")
+    column = measured[0].index("c = 0.3")
+    assert head[0].startswith("SmolLM2-135M, 2 × 192 tokens, c = 0.3")
+    assert row[1:] == [next(r[column] for r in measured[1:] if r[0] == name) for name in head[1:]]
+
+
+def differences(*cells: tuple[str, str, str]) -> list[str]:
+    """Cells of the demo's tables by file, row and column."""
+    found = []
+    for file, row, column in cells:
+        rows = table(read(f"examples/results/{file}.md"), "%, 4 seeds")
+        found.append(next(r for r in rows if r[0] == f"*{row}*")[rows[0].index(column)])
+    return found
+
+
+LANGUAGE, VISION, ALL = "person's favourite ≠ picture", "usual question ≠ this question", "all questions"
+DPO, SAME, EQUAL = "NaPO minus DPO", "NaPO minus DPO, group", "the same, equal weights"
+
+
+@pytest.mark.parametrize(
+    ("text", "cells"),
+    [
+        (
+            README.partition("## Does it work?")[2],
+            [
+                *(("demo", DPO, column) for column in (ALL, LANGUAGE, VISION)),
+                *(("demo", arms, ALL) for arms in (SAME, EQUAL)),
+                ("demo-xeon", DPO, ALL),
+            ],
+        ),
+        (
+            read("docs/demo.md").partition("## What it shows")[2],
+            [("demo-xeon", DPO, LANGUAGE), ("demo-xeon", DPO, VISION), ("demo-xeon", DPO, ALL)],
+        ),
+    ],
+    ids=["README", "demo"],
+)
+def test_the_evidence_is_that_of_the_demo(text, cells):
+    numbers = re.findall(r"[+−]\d+\.\d ± \d+\.\d", text)
+    assert [number.replace("−", "-") for number in numbers] == differences(*cells)
+
+
+def test_the_shares_on_the_demo_page_are_those_of_its_run():
+    report, page = json.loads(read("examples/results/demo.json")), read("docs/demo.md")
+    result = report["summary"]
+    right = result["negatives in fact right"]
+    last = {
+        arm: share["last step"] for arm, share in result["share of the gradient that teaches the wrong answer"].items()
+    }
+    wanted = [right["question_only"], right["image_only"], last["DPO"], last["NaPO"]]
+    wanted += [last["DPO, group, equal weights"], last["NaPO, equal weights"]]
+    assert re.findall(r"(\d+) %", page.partition("## Why")[2]) == [f"{100 * share['mean']:.0f}" for share in wanted]
+    made = report["environment"]
+    assert f"{report['seconds']:.0f} s on a {made['cores']}-core {made['cpu']}; torch {made['torch']}" in page
+
+
+def test_the_table_of_alpha_is_the_rule_solved_for_the_margin():
+    head, *rows = table(read("docs/choosing.md"), "α")
+    for row in rows:
+        for name, cell in zip(head[2:], row[2:], strict=True):
+            q = float(re.findall(r"[\d.]+", name)[0])
+            assert cell.split()[0] == f"{math.log(2 / q - 1) / float(row[0]):.3g}"

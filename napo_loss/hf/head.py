@@ -23,11 +23,9 @@ WRAPPERS = ("_orig_mod", "module", "get_base_model")
 def fused_head(model: Model, *, logits_budget: int | None = None) -> Iterator[Model]:
     """Inside, ``model(**inputs, labels=labels)`` returns :class:`SequenceLogps`, never forming the logits.
 
-    The backbone and the lm_head run as modules of the model's own forward pass: FSDP2, DDP and ZeRO-3 gather and reduce
-    as usual, hooks fire, tied embeddings, PEFT (LoRA on the head included) and gradient checkpointing work. A head
-    that transformers' ``tp_plan`` split over ranks stays split (see :class:`napo_loss.VocabShard`). Calls without
-    ``labels``, generation too, are unchanged. Bias, softcap and logit scale are the model's own, read from its config;
-    the loss that the model would have computed is not.
+    Backbone and lm_head run as modules of the model's own forward pass: what sharding, hooks, PEFT and gradient
+    checkpointing rely on (docs/logps.md). Bias, softcap and logit scale are the model's own, read from its config; the
+    loss that the model would have computed is not. Calls without ``labels``, generation too, are unchanged.
 
     Args:
         model: a causal language model or vision-language model of transformers, wrapped or not. Enter before the call

@@ -43,21 +43,12 @@ def linear_sequence_logps(
     ``z = softcap·tanh(x / softcap)`` and ``x = logit_scale·(hidden·weightᵀ + bias)``. Masked positions are not
     computed: their hidden states may hold anything, NaN included, and their gradient is exactly 0.
 
-    The forward pass does the work of both: logits (kept in float32) → log-probs → ``D = onehot − softmax`` →
-    ``U = D·weight``. Backward rescales, ``dhidden = w·U``, and forms ``dweight = Dᵀ(w·hidden)`` from a kept or
-    recomputed D. So with G one product over all positions and c their active share: c·G under ``no_grad``, 2cG with a
-    frozen head, 3cG with a trained one (4cG where D does not fit the budget). Exact, and bit-identical from run to run
-    for a given budget.
-
     Args:
         hidden: ``[N, T, D]``, float32, bfloat16, float16 or float64: the backbone's last hidden state, any strides.
         weight: ``[V, D]`` in hidden's dtype (under autocast both are cast), or a :class:`napo_loss.LowRank`: a head
-            with LoRA factors, whose gradients are formed without a full ``dweight``. A tensor that requires no
-            gradient costs nothing in backward. Where the vocabulary is split over ranks: a DTensor with ``Shard(0)``
-            beside a DTensor ``hidden`` (replicated, or split along the same dimension: it is gathered), or a
-            :class:`napo_loss.VocabShard` of this rank's rows, with the same ``hidden`` on every rank. Then three floats
-            per active position are exchanged forward, the gradient of ``hidden`` is one sum over ranks, in float32 and
-            of active positions, and that of the head stays where its rows are.
+            with LoRA factors. Where the vocabulary is split over ranks: a DTensor with ``Shard(0)`` beside a DTensor
+            ``hidden`` (replicated, or split along the same dimension: it is gathered), or a
+            :class:`napo_loss.VocabShard` of this rank's rows, with the same ``hidden`` on every rank.
         labels: ``[N, T]``, int64 or int32, unshifted, ``ignore_index`` where a token does not count.
         bias: ``[V]``; split like ``weight``.
         softcap: Gemma's ``final_logit_softcapping``.
@@ -67,10 +58,9 @@ def linear_sequence_logps(
         ignore_index: the label that does not count.
         cu_seqlens: ``[N + 1]``: sequences are packed into ``hidden [total, D]`` and ``labels [total]``, as in
             :func:`napo_loss.sequence_logps`.
-        logits_budget: bytes of logits-sized memory that may exist at a time, the D kept for backward included.
-            Default: a quarter of the GPU's free memory, an eighth of the free memory of a CPU. Smaller: more chunks,
-            and D recomputed, one more product. Of a split vocabulary: the same on every rank, for shards of about
-            equal size; the default is no less than what is worked on at a time.
+        logits_budget: bytes of logits-sized memory that may exist at a time, what is kept for backward included.
+            Default: a quarter of the GPU's free memory, an eighth of the free memory of a CPU. Of a split vocabulary:
+            the same on every rank.
         backend: as in :func:`napo_loss.sequence_logps`.
 
     Returns:
@@ -93,12 +83,9 @@ def linear_sequence_logps(
         >>> linear_sequence_logps(hidden, lm_head.weight, torch.tensor([[-100, 5, 1]])).sum.detach()
         tensor([-4.1589])
 
-    Note:
-        One host sync: the number of active positions. A GPU peak of the default budget can be lower: 512 MiB of logits
-        at a time suffice; the rest of it is for D.
-
     Source:
-        The factored gradient is the softmax cross-entropy's; the order of work is this library's, see DESIGN.md.
+        The factored gradient is the softmax cross-entropy's; the order of work is this library's, see DESIGN.md. What
+        it costs: docs/logps.md.
     """
     hidden, head, bias, columns = local_head(hidden, weight, bias)
     A, B, lora_scale = head[1:] if isinstance(head, LowRank) else (None, None, 1.0)

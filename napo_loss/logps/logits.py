@@ -41,19 +41,17 @@ def sequence_logps(
     Args:
         logits: ``[N, T, V]``, float32, bfloat16, float16 (computed in float32) or float64; any strides. Where the
             vocabulary is split over ranks: a DTensor with ``Shard(-1)``, or a :class:`napo_loss.VocabShard` of this
-            rank's columns. Then three floats per active position are exchanged forward and nothing backward, with one
-            host sync.
+            rank's columns.
         labels: ``[N, T]``, int64 or int32, the Hugging Face convention: unshifted, ``ignore_index`` where a
-            token does not count. Position t of the logits predicts label t + 1; the shift copies nothing.
+            token does not count. Position t of the logits predicts label t + 1.
         token_weights: ``[N, T]``, aligned with ``labels``; weighs each token's log-prob. Not differentiated.
         shift: ``False`` where position t of the logits predicts label t already.
         ignore_index: the label that does not count.
         cu_seqlens: ``[N + 1]``, int32 or int64, rising from 0 to total: sequences are packed, without padding, into
             ``logits [total, V]``, ``labels [total]`` and ``token_weights [total]``. No sequence predicts the first
             token of the next. Wrong offsets are an error on a CPU and NaN on a GPU.
-        inplace_backward: write the gradient over the logits, which saves their size in memory. Only when
-            nothing else reads the logits, the last layer's backward included. Under ``torch.compile``
-            ignored: there the compiler plans memory.
+        inplace_backward: write the gradient over the logits. Only when nothing else reads them, the last layer's
+            backward included. Ignored under ``torch.compile``.
         backend: ``"auto"``: Triton kernels on a GPU, plain tensor operations in row chunks elsewhere (and for
             float64); or one of them by name.
 
@@ -80,12 +78,9 @@ def sequence_logps(
         >>> logps.length
         tensor([2., 3.])
 
-    Note:
-        Two launches forward and one backward on a GPU, no host sync. Per active share c of the positions the
-        logits are read c times forward, and read c times and written once backward.
-
     Source:
-        The factored gradient is the softmax cross-entropy's; the convention is transformers'.
+        The factored gradient is the softmax cross-entropy's; the convention is transformers'. What it costs:
+        docs/logps.md.
     """
     packed = cu_seqlens is not None
     logits, columns = local_logits(logits)

@@ -20,15 +20,12 @@ if TYPE_CHECKING:
 def all_reduce_logps(logps: SequenceLogps, process_group: ProcessGroup | None) -> SequenceLogps:
     r"""Adds up sequences whose positions are spread over ranks (context or sequence parallelism).
 
-    ``sum_n = Σ_r sum_nr`` and ``length_n = Σ_r length_nr``, one all-reduce of ``2·N`` floats forward and one backward.
-    Positions may be split in any way, zigzag included; each rank computes its own positions' log-probs with labels that
-    were shifted *before* the split, since the last position of one rank predicts a token of another:
-    ``sequence_logps(logits, labels, shift=False)``. With packed sequences every rank gives ``cu_seqlens`` of its own
-    positions, and a sequence of which it holds nothing is empty there.
+    ``sum_n = Σ_r sum_nr`` and ``length_n = Σ_r length_nr``. Positions may be split in any way; the labels are shifted
+    *before* the split, since the last position of one rank predicts a token of another:
+    ``sequence_logps(logits, labels, shift=False)``.
 
-    The gradient is that of the sum over ranks of their losses, which is what averaging gradients over the ranks
-    divides by their number again: right where DDP or FSDP2 spans these ranks too, as it does in context parallelism
-    (every rank computes the same loss). Where gradients are *added* over them instead, divide the loss by their number.
+    The gradient is that of the sum over ranks of their (equal) losses: right where DDP or FSDP2 averages over these
+    ranks too. Where gradients are *added* over them, divide the loss by their number (docs/parallel.md).
 
     Args:
         logps: of the positions of this rank; ``N``, and the order of the sequences, are the same on every rank.
