@@ -72,8 +72,8 @@ def dynamic_weights(margins: Tensor) -> Tensor:
 
     ``γ_i = max(0.01, (gain_i + ε) / (Σ gain + K·ε))``, ``gain_i = max(ψ̄_i, 0)``, ε = 0.05 nat. The paper prints
     ``ψ_i / Σ ψ``, in which β cancels: a share of noise while nothing is learned, and undefined where the sum is not
-    positive. Rounding noise of 0.01 nat moves no weight here by more than 0.05; once the sum is a few nats (of rewards a
-    few tenths, at β = 0.1) the two agree to 0.02.
+    positive. Here rounding noise of 0.01 nat moves no weight by more than 0.05, and once the sum is three nats (rewards
+    of 0.3 at β = 0.1) the two agree to 0.02.
 
     Args:
         margins: mean ψ of each negative in nats, of what the loss reads, ``[K]``.

@@ -19,7 +19,7 @@ ALPHA = 0.01
 """The paper prints it, and the released code runs it, for margins of sums."""
 
 BOUNDS = {"released": (0.001, 1.0), "paper": (0.01, 1.0), "moment": (0.001, 1.0)}
-"""The estimators, each with its smallest and largest q: what the released code runs, what the paper prints, and ours."""
+"""Smallest and largest q of each estimator: the released code runs the first, the paper prints the second; ours."""
 
 
 class Moments(NamedTuple):

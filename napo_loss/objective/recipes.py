@@ -138,7 +138,9 @@ class Recipe:
         if not 0 <= self.decay < 1:
             raise ValueError(f"Recipe.decay must be in [0, 1), got {self.decay}")
         if self.q_from == "each_pair" and self.decay > 0:
-            raise ValueError(f"decay = {self.decay} has nothing to smooth with q_from='each_pair': pairs do not come back")
+            raise ValueError(
+                f"Recipe.decay = {self.decay} has nothing to smooth with q_from='each_pair': each pair has a q of its own"
+            )
         for negative in [self.negatives] if isinstance(self.negatives, Negative) else self.named.values():
             if negative.q is None:
                 check_estimator(negative.estimator, None, self.q_from)
@@ -187,7 +189,7 @@ RELEASED = Recipe(
     },
     weights="dynamic",
 )
-"""q as the released code runs it, with the dynamic weights of the paper's main result: the default for these three names.
+"""q as the released code runs it, with the dynamic weights of the paper's main result: the default for these names.
 
 Plain DPO on ``rejected``, noise-aware terms against language bias (``question_only``) and vision bias (``image_only``).
 The paper prints and the released code runs these α and margins. In the released code the dynamic rule is commented out;
