@@ -59,7 +59,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     from napo_loss.kernels.logps_backward import logps_backward
     from napo_loss.kernels.logps_forward import logps_forward
     from napo_loss.kernels.logps_reduce import logps_reduce
-    from napo_loss.kernels.objective import Constants, Settings, Switches, objective
+    from napo_loss.kernels.objective import objective
+    from napo_loss.kernels.objective_records import Constants, Settings, Switches
 
     labels = torch.zeros(1, 2, dtype=torch.int64)
     weights = torch.ones(1, 2)

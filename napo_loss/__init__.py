@@ -1,5 +1,7 @@
 """Noise-Aware Preference Optimization (CVPR 2025, arXiv:2503.17928) as a standalone loss."""
 
+import os as _os
+
 from napo_loss._version import __version__
 from napo_loss.hf.head import fused_head
 from napo_loss.logps.linear import linear_sequence_logps
@@ -16,6 +18,10 @@ from napo_loss.types import (
     SequenceLogps,
     VocabShard,
 )
+
+# An unpacked sdist lacks the link napo_loss/kernels, a checkout without symbolic links (Windows) has a text file there.
+if not _os.path.isdir(_os.path.join(__path__[0], "kernels")):
+    __path__.append(_os.path.dirname(__path__[0]))  # where `kernels` lies
 
 __all__ = [
     "PAPER",

@@ -339,8 +339,10 @@ def test_the_module_keeps_the_previous_q():
     fresh = NaPOLoss(recipe=recipe)
     module.load_state_dict(fresh.state_dict())  # of a run that has not begun
     assert module.previous_q is None
-    for twin in (copy.deepcopy(resumed), pickle.loads(pickle.dumps(resumed))):
-        assert_same(twin(*logps), resumed(*logps))
+    twins = copy.deepcopy(resumed), pickle.loads(pickle.dumps(resumed))
+    expected = resumed(*logps)
+    for twin in twins:
+        assert_same(twin(*logps), expected)
     assert resumed.to(torch.float64).previous_q.dtype == torch.float64
 
 

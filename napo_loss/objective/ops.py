@@ -18,7 +18,7 @@ from napo_loss.objective.recipes import Recipe
 from napo_loss.types import MIN_LENGTH
 
 if TYPE_CHECKING:
-    from napo_loss.kernels.objective import Outputs, Settings
+    from napo_loss.kernels.objective_records import Outputs, Settings
 
 
 class NegativeNumbers(NamedTuple):
@@ -95,7 +95,8 @@ class ObjectiveCall(Call):
         return cls(logps=logps, negatives=negatives, **given)
 
     def launch(self, *, compute_loss: bool) -> Outputs:
-        from napo_loss.kernels.objective import Constants, Switches, objective
+        from napo_loss.kernels.objective import objective
+        from napo_loss.kernels.objective_records import Constants, Switches
 
         constants = Constants(eager.MIN_Q, eager.WEIGHT_FLOOR, eager.WEIGHT_PRIOR, MIN_LENGTH)
         return objective(
@@ -108,7 +109,7 @@ class ObjectiveCall(Call):
 @lru_cache(maxsize=64)
 def on_device(numbers: NegativeNumbers, device: torch.device) -> Settings:
     """Copied once, so that a training step has no host sync."""
-    from napo_loss.kernels.objective import Settings
+    from napo_loss.kernels.objective_records import Settings
 
     return Settings(*torch.tensor(numbers, dtype=torch.float32, device=device).unbind())
 
