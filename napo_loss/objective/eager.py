@@ -72,8 +72,8 @@ def dynamic_weights(margins: Tensor) -> Tensor:
 
     ``γ_i = max(0.01, (gain_i + ε) / (Σ gain + K·ε))``, ``gain_i = max(ψ̄_i, 0)``, ε = 0.05 nat. The paper prints
     ``ψ_i / Σ ψ``, in which β cancels: a share of noise while nothing is learned, and undefined where the sum is not
-    positive. Here rounding noise of 0.01 nat moves no weight by more than 0.05, and once the sum is three nats (rewards
-    of 0.3 at β = 0.1) the two agree to 0.02.
+    positive. Here rounding noise of 0.01 nat moves no weight by more than 0.05; of three negatives the weights agree
+    with the printed ones to 0.03 once the sum is 3.5 nats (rewards of 0.35 at β = 0.1).
 
     Args:
         margins: mean ψ of each negative in nats, of what the loss reads, ``[K]``.

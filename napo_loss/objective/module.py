@@ -82,7 +82,7 @@ class NaPOLoss(nn.Module):
         reference_chosen_logps: Logps | None,
         reference_rejected_logps: Logps | Mapping[str, Logps] | None,
     ) -> NaPOOutput:
-        smooths = self.training and self.recipe.smooths
+        smooths = self.training and self.recipe.decay > 0
         out = napo_loss(
             policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
             beta=self.beta, recipe=self.recipe, previous_moments=self.previous_moments if smooths else None,

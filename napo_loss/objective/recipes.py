@@ -139,7 +139,7 @@ class Recipe:
             raise ValueError(f"Recipe.decay must be in [0, 1), got {self.decay}")
         if self.q_from == "each_pair" and self.decay > 0:
             raise ValueError(
-                f"Recipe.decay = {self.decay} has nothing to smooth with q_from='each_pair': each pair has a q of its own"
+                f"Recipe.decay = {self.decay} has nothing to smooth with q_from='each_pair': each pair has its own q"
             )
         for negative in [self.negatives] if isinstance(self.negatives, Negative) else self.named.values():
             if negative.q is None:

@@ -41,26 +41,26 @@ PAPER = {
 class NaPOConfig(DPOConfig):
     r"""Arguments of :class:`NaPOTrainer`: those of TRL's ``DPOConfig`` and the ones below.
 
-    Of the defaults, β = 0.1, the learning rate of 5e-7 and the settings of the three negatives are what the paper prints
-    (their q is what its released code runs); all others are TRL's, and the paper's own run has more that is its own:
+    Of the defaults, β = 0.1, the learning rate of 5e-7 and the settings of the three negatives are what the paper
+    prints (their q is what its released code runs); all others are TRL's, where the paper's run has its own:
     docs/reproduce.md. Options that shape another loss (``loss_type``, ``ld_alpha``, …: :data:`REFUSED`) raise an error
     when set: they would change nothing.
 
     Args:
-        method: whose settings negatives have that are not set here: ``"released"``, ``"paper"`` or ``"scale_free"``, for
-            :data:`napo_loss.RELEASED`, :data:`napo_loss.PAPER` and :data:`napo_loss.SCALE_FREE`.
+        method: whose settings negatives have that are not set here: ``"released"``, ``"paper"`` or ``"scale_free"``,
+            for :data:`napo_loss.RELEASED`, :data:`napo_loss.PAPER` and :data:`napo_loss.SCALE_FREE`.
         negatives: columns of negatives with their :class:`napo_loss.Negative` settings, as
             ``{"rejected": {"q": 0.0, "weight": 0.04}, "image_only": {"alpha": 0.01, "weight": 0.48}}`` (JSON on a
             command line). Default: ``rejected`` and whichever of ``question_only`` and ``image_only`` the dataset
             has, with the settings of the method for these names; where they are not its three, each with weight 1/K.
-        negative_weights: ``"fixed"`` or ``"dynamic"``, see :class:`napo_loss.Recipe`. Default: the method's, dynamic, for
-            its three negatives, and fixed for others.
+        negative_weights: ``"fixed"`` or ``"dynamic"``, see :class:`napo_loss.Recipe`. Default: for the method's three
+            negatives its own, dynamic, and fixed for others.
         sft_weight: adds ``−sft_weight·log π(y_w)``.
         average_logps: the loss reads per-token means instead of sums.
         q_from: ``"rank_means"``, ``"all_pairs"`` or ``"each_pair"``, see :func:`napo_loss.margin_moments`.
-        q_decay: share of the previous step's moments, which q is read from, that is kept, in [0, 1). As in the released code q is read from each
-            micro-batch, so gradient accumulation does not change it, and with small micro-batches it is noisy: 0.9
-            averages over about ten of them. The state is saved with checkpoints.
+        q_decay: share of the previous step's moments, from which q is read, that is kept, in [0, 1). As in the released
+            code q is read from each micro-batch, so gradient accumulation does not change it, and with small
+            micro-batches it is noisy: 0.9 averages over about ten of them. The state is saved with checkpoints.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DPOConfig._VALID_DICT_FIELDS, "negatives"]
