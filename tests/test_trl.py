@@ -544,7 +544,8 @@ def test_beside_a_newer_trl_it_imports(found, monkeypatch):
 def test_datasets_without_rows_or_with_their_splits_are_named(tmp_path):
     data = tiny.text_pairs(4)
     nothing = data.select([])
-    for empty in (nothing, nothing.to_iterable_dataset(), Dataset.from_dict({"prompt": [], "chosen": []})):
+    stream = data.to_iterable_dataset().filter(lambda _: False)
+    for empty in (nothing, stream, Dataset.from_dict({"prompt": [], "chosen": []})):
         with pytest.raises(ValueError, match="train_dataset is empty: it holds no row"):
             text_trainer(empty, tmp_path)
     with pytest.raises(ValueError, match=r"eval_dataset is empty"):

@@ -72,7 +72,7 @@ def margin_moments(
         Moments(mean=tensor(1.), square=tensor(5.))
         >>> step = margin_moments(torch.tensor([4.0, 2.0]), previous=step, decay=0.5)
         >>> noise_level(step, estimator="moment")
-        tensor(0.2441)
+        tensor(0.2697)
     """
     check_group("process_group", process_group)
     check_margin(margin, may_be_empty=process_group is not None)

@@ -117,7 +117,7 @@ class Recipe:
         >>> from napo_loss import Recipe
         >>> recipe = Recipe({"rejected": {"q": 0.0}, "image_only": {"alpha": 0.01, "weight": 0.5}}, weights="fixed")
         >>> recipe.negatives["rejected"]
-        Negative(alpha=0.01, margin='sum', q=0.0, weight=1.0)
+        Negative(alpha=0.01, margin='sum', q=0.0, weight=1.0, estimator='released')
     """
 
     negatives: Negative | Mapping[str, Negative] | None = field(default=None, hash=False)
