@@ -17,6 +17,7 @@ from napo_loss import (
     margin_moments,
     napo_loss,
     noise_level,
+    reference,
 )
 from napo_loss.objective import loss as objective
 from napo_loss.objective.eager import dynamic_weights
@@ -38,15 +39,14 @@ def margins(seed, *shape, scale=50.0, shift=20.0):
 @given(seeds, st.integers(1, 9), st.floats(0.001, 1))
 def test_the_estimators_are_their_formulas(seed, B, alpha):
     margin = margins(seed, 3, B)
-    mean, square = margin.mean(1), (margin**2).mean(1)
-    sigma = torch.sigmoid(alpha * mean)
-    torch.testing.assert_close(noise_level(margin, alpha=alpha), (2 * (1 - sigma)).clamp(0.001, 1))
-    torch.testing.assert_close(noise_level(margin, alpha=alpha, estimator="paper"), (1 - sigma).clamp(0.01, 1))
-    expected = (1 - mean / square.sqrt()).clamp(0.001, 1)
+    for estimator in ("released", "paper"):
+        found = noise_level(margin, alpha=alpha, estimator=estimator)
+        torch.testing.assert_close(found, reference.noise_level(margin, alpha, estimator))
+    expected = reference.noise_level(margin, estimator="moment")
     torch.testing.assert_close(noise_level(margin, estimator="moment"), expected)
     # From moments, and from margins in float32 and bfloat16, the same.
     moments = margin_moments(margin)
-    torch.testing.assert_close(moments.square, square)
+    torch.testing.assert_close(moments.square, (margin**2).mean(1))
     assert torch.equal(noise_level(moments, estimator="moment"), noise_level(margin, estimator="moment"))
     single = noise_level(margin.float(), estimator="moment")
     assert single.dtype == torch.float32

@@ -94,7 +94,8 @@ class NaPOTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         suffix = "" if self._is_vision_dataset else "_ids"
-        extra = [c for name in self.negatives for c in (name + suffix, reference_column(name))]
+        extra = [name + suffix for name in self.negatives]
+        extra += [reference_column(name) for name in ("chosen", *self.negatives)]
         self._signature_columns += [column for column in extra if column not in self._signature_columns]
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
