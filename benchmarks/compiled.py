@@ -56,7 +56,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     from napo_loss.kernels.linear_block import linear_block
     from napo_loss.kernels.linear_rows import linear_rows
     from napo_loss.kernels.logps_backward import logps_backward
-    from napo_loss.kernels.logps_forward import logps_forward
+    from napo_loss.kernels.logps_forward import Partials, logps_forward
     from napo_loss.kernels.logps_reduce import logps_reduce
     from napo_loss.kernels.objective import objective
     from napo_loss.kernels.objective_records import Constants, Settings, Switches
@@ -68,7 +68,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     # Every integer is 1 here, which Triton turns into a constant.
     one = torch.empty(1, 1, 1)
     yield "all ones", lambda: logps_forward(one, labels[:, :1], 1, -100)
-    yield "all ones", lambda: logps_reduce((one[0], one[0], one[0, 0]), labels[:, :1].contiguous(), None, 1, -100)
+    shares = Partials(peak=one[0], total=one[0], target=one[0, 0])
+    yield "all ones", lambda: logps_reduce(shares, labels[:, :1].contiguous(), None, 1, -100)
     yield "all ones", lambda: logps_backward(grad_sum, one, labels[:, :1], None, lse[:, :1], one, 1, -100)
     for name, dtype in DTYPES.items():
         for V in (1, 50257, 128256):
@@ -81,7 +82,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             f"{name} strided, weights",
             lambda x=strided: logps_backward(grad_sum, x, labels, weights, lse, torch.empty(x.shape), 1, -100),
         )
-    partials = (torch.empty(3, 2), torch.empty(3, 2), torch.empty(2))
+    partials = Partials(peak=torch.empty(3, 2), total=torch.empty(3, 2), target=torch.empty(2))
     for given in (None, weights):
         case = "weights" if given is not None else "no weights"
         yield case, lambda w=given: logps_reduce(partials, labels, w, 1, -100)
@@ -93,10 +94,11 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             bias = torch.empty(V, dtype=dtype)
             for softcap, given in ((0.0, None), (30.0, bias)):
                 case = "softcap, bias, " * (softcap > 0) + f"{name} V={V}"
-                head = (raw, given, 1.0, softcap)
-                yield case, lambda h=head, d=out: linear_rows(*h, labels[0], d)
-                yield case, lambda h=head, d=out: linear_block(*h, 0, labels[0], (lse[0], lse[0]), d)
-        yield f"{name} log-probs only", lambda r=raw: linear_rows(r, None, 1.0, 0.0, labels[0], None)
+                head = {"bias": given, "logit_scale": 1.0, "softcap": softcap}
+                yield case, lambda r=raw, d=out, h=head: linear_rows(r, labels[0], d, **h)
+                yield case, lambda r=raw, d=out, h=head: linear_block(r, labels[0], 0, lse[0], lse[0], d, **h)
+        plain = {"bias": None, "logit_scale": 1.0, "softcap": 0.0}
+        yield f"{name} log-probs only", lambda r=raw, h=plain: linear_rows(r, labels[0], None, **h)
 
     constants = Constants(eager.MIN_Q, eager.WEIGHT_FLOOR, eager.WEIGHT_PRIOR, MIN_LENGTH)
     for K, B in ((1, 1), (3, 64)):

@@ -66,6 +66,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object], int]]:
     from napo_loss.kernels.linear_block import linear_block
     from napo_loss.kernels.linear_rows import linear_rows
     from napo_loss.logps import ops
+    from napo_loss.logps.calls import LogitsCall
 
     N, T = 1, 21
     for V, dtype in ((32064, torch.bfloat16), (50257, torch.float32), (128256, torch.bfloat16)):
@@ -78,20 +79,21 @@ def cases() -> Iterator[tuple[str, Callable[[], object], int]]:
             size = f"{str(dtype).removeprefix('torch.')} V={V} c={c}"
 
             def path(logits=logits, labels=labels):
-                given = (logits, labels, None)
-                _, _, lse = ops.sequence_logps(*given, 1, -100, False, "triton")
-                ops.sequence_logps_backward(torch.ones(N), *given, lse, 1, -100, "triton")
+                schema = LogitsCall(logits, labels, backend="triton").to_schema()
+                _, _, lse = ops.sequence_logps(**schema)
+                ops.sequence_logps_backward(torch.ones(N), lse, **schema)
 
             yield f"from logits, {size}", path, 2 * active * row + L
 
     rows, V = 4, 128256
     targets = torch.zeros(rows, dtype=torch.int64)
-    raw, D = torch.zeros(rows, V), torch.empty(rows, V, dtype=torch.bfloat16)
-    w = torch.ones(rows)
+    raw, dlogits = torch.zeros(rows, V), torch.empty(rows, V, dtype=torch.bfloat16)
+    w, moved = torch.ones(rows), raw.nbytes + dlogits.nbytes
+    head = {"bias": None, "logit_scale": 1.0, "softcap": 0.0}
     # `linear_rows` reads its row twice; a floor with one read counts the second, which a cache may serve, as too much.
-    yield "linear_rows, log-probs only", lambda: linear_rows(raw, None, 1.0, 0.0, targets, None), raw.nbytes
-    yield "linear_rows, with D", lambda: linear_rows(raw, None, 1.0, 0.0, targets, D), raw.nbytes + D.nbytes
-    yield "linear_block", lambda: linear_block(raw, None, 1.0, 0.0, 0, targets, (w, w), D), raw.nbytes + D.nbytes
+    yield "linear_rows, log-probs only", lambda: linear_rows(raw, targets, None, **head), raw.nbytes
+    yield "linear_rows, with dlogits", lambda: linear_rows(raw, targets, dlogits, **head), moved
+    yield "linear_block", lambda: linear_block(raw, targets, 0, w, w, dlogits, **head), moved
 
 
 def count() -> list[Traffic]:

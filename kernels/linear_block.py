@@ -1,4 +1,4 @@
-"""Raw logits of some columns, computed again in backward, to ``w·D``: elementwise, since the logsumexp is known."""
+"""Raw logits of some columns, computed again in backward, to dlogits: elementwise, since the logsumexp is known."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from napo_loss.kernels.launch import ELEMENTS_PER_WARP, on_device
-from napo_loss.kernels.linear_logits import write_d
+from napo_loss.kernels.linear_logits import write_dlogits
 
 BLOCK = 2048
 
@@ -19,12 +19,12 @@ def linear_block_kernel(
     targets_ptr,  # [rows]
     lse_ptr,  # [rows] float32
     w_ptr,  # [rows] float32
-    d_ptr,  # [rows, columns]; may be the logits themselves
-    stride_row,
-    d_stride_row,
+    dlogits_ptr,  # [rows, columns]; may be the logits themselves
+    logits_stride,
+    dlogits_stride,
     columns,
     first,
-    scale,
+    logit_scale,
     softcap,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -34,39 +34,40 @@ def linear_block_kernel(
     target = tl.load(targets_ptr + row).to(tl.int64) - first
     w = tl.load(w_ptr + row)
     lse = tl.load(lse_ptr + row)
-    write_d(
-        logits_ptr + row * stride_row, d_ptr + row * d_stride_row, bias_ptr, tl.program_id(1) * BLOCK_V, columns,
-        target, lse, w, scale, softcap, HAS_BIAS, SOFTCAP, BLOCK_V,
+    write_dlogits(
+        logits_ptr + row * logits_stride, dlogits_ptr + row * dlogits_stride, bias_ptr, tl.program_id(1) * BLOCK_V,
+        columns, target, lse, w, logit_scale, softcap, HAS_BIAS, SOFTCAP, BLOCK_V,
     )  # fmt: skip
 
 
 def linear_block(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-    softcap: float,
+    logits: torch.Tensor,  # [rows, columns] float32, those of the vocabulary from `first` on
+    targets: torch.Tensor,  # [rows]
     first: int,
-    targets: torch.Tensor,
-    rows: tuple[torch.Tensor, torch.Tensor],
-    out: torch.Tensor,
+    lse: torch.Tensor,  # [rows] float32
+    w: torch.Tensor,  # [rows] float32
+    dlogits: torch.Tensor,  # [rows, columns]
+    *,
+    bias: torch.Tensor | None,  # [columns]
+    logit_scale: float,
+    softcap: float,
 ) -> None:
-    """Writes ``w·D`` into ``out``, which may be ``logits``. ``bias`` holds these columns; ``rows`` is lse and w."""
-    count, columns = logits.shape
-    lse, w = rows
+    """Writes ``dlogits`` with the weight ``w``; they may be ``logits``."""
+    rows, columns = logits.shape
     block_v = min(BLOCK, max(16, triton.next_power_of_2(columns)))
     with on_device(logits):
-        linear_block_kernel[(count, triton.cdiv(columns, block_v))](
+        linear_block_kernel[(rows, triton.cdiv(columns, block_v))](
             logits,
-            logits if bias is None else bias,
+            logits if bias is None else bias.contiguous(),
             targets,
             lse,
             w,
-            out,
+            dlogits,
             logits.stride(0),
-            out.stride(0),
+            dlogits.stride(0),
             columns,
             first,
-            scale,
+            logit_scale,
             softcap,
             HAS_BIAS=bias is not None,
             SOFTCAP=softcap != 0,

@@ -1,16 +1,16 @@
-"""What the two kernels of the linear path share: from raw logits to logits, and from those to ``w·D``."""
+"""What the two kernels of the linear path share: from raw logits to logits, and from those to dlogits."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def head_logits(x, bias_ptr, j, mask, scale, softcap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """``z = softcap·tanh(y/softcap)``, ``y = scale·(x + bias)``, and ``dz/dx``."""
+def head_logits(x, bias_ptr, j, mask, logit_scale, softcap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """``z = softcap·tanh(y/softcap)``, ``y = logit_scale·(x + bias)``, and ``dz/dx``."""
     if HAS_BIAS:
         x += tl.load(bias_ptr + j, mask=mask, other=0.0).to(tl.float32)
-    z = x * scale
-    slope = tl.full(z.shape, 1.0, tl.float32) * scale
+    z = x * logit_scale
+    slope = tl.full(z.shape, 1.0, tl.float32) * logit_scale
     if SOFTCAP:
         # tanh from exp of a negative number, which cannot overflow.
         u = z / softcap
@@ -33,27 +33,29 @@ def load_logits(row_ptr, start, end, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def write_d(
-    row_ptr,
-    d_row_ptr,
+def write_dlogits(
+    logits_row_ptr,
+    dlogits_row_ptr,
     bias_ptr,
     start,
     end,
     target,
     lse,
     w,
-    scale,
+    logit_scale,
     softcap,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """``w·D`` of a block of a row, ``D = (onehot − softmax)·dz/dx``; may be written over the logits."""
-    x, j = load_logits(row_ptr, start, end, BLOCK_V)
-    z, slope = head_logits(x, bias_ptr, j, j < end, scale, softcap, HAS_BIAS, SOFTCAP)
-    d = w * (((j == target).to(tl.float32) - tl.exp(z - lse)) * slope)
-    d = d.to(d_row_ptr.dtype.element_ty)
+    """``w·(onehot − softmax)·dz/dx`` of a block of a row; may be written over the logits. With w = 1 they are unit
+    dlogits: before the weight that the loss gives the row, which only backward knows.
+    """
+    x, j = load_logits(logits_row_ptr, start, end, BLOCK_V)
+    z, slope = head_logits(x, bias_ptr, j, j < end, logit_scale, softcap, HAS_BIAS, SOFTCAP)
+    dlogits = w * (((j == target).to(tl.float32) - tl.exp(z - lse)) * slope)
+    dlogits = dlogits.to(dlogits_row_ptr.dtype.element_ty)
     if start + BLOCK_V <= end:
-        tl.store(d_row_ptr + j, d)
+        tl.store(dlogits_row_ptr + j, dlogits)
     else:
-        tl.store(d_row_ptr + j, d, mask=j < end)
+        tl.store(dlogits_row_ptr + j, dlogits, mask=j < end)

@@ -1,7 +1,7 @@
-"""A chunk of raw logits to token log-probs and to the factor of both gradients, ``D = (onehot − softmax)·dz/dx``.
+"""A chunk of raw logits to token log-probs and to the factor of both gradients, unit dlogits.
 
-One program a row. It reads the row twice, the second time mostly from the L2 cache, and writes D once, over the logits
-where both are float32.
+One program a row. It reads the row twice, the second time mostly from the L2 cache, and writes dlogits once, over the
+logits where both are float32.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from napo_loss.kernels.launch import ELEMENTS_PER_WARP, MAX_BLOCK_V, on_device
-from napo_loss.kernels.linear_logits import head_logits, load_logits, write_d
+from napo_loss.kernels.linear_logits import head_logits, load_logits, write_dlogits
 
 
 @triton.jit
@@ -21,19 +21,19 @@ def linear_rows_kernel(
     targets_ptr,  # [rows]
     logp_ptr,  # [rows] float32
     lse_ptr,  # [rows] float32
-    d_ptr,  # [rows, V]; may be the logits themselves
-    stride_row,
-    d_stride_row,
+    dlogits_ptr,  # [rows, V]; may be the logits themselves
+    logits_stride,
+    dlogits_stride,
     V,
-    scale,
+    logit_scale,
     softcap,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    WRITE_D: tl.constexpr,
+    WRITE_DLOGITS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * stride_row
+    row_ptr = logits_ptr + row * logits_stride
     target = tl.load(targets_ptr + row).to(tl.int64)
 
     peak = tl.full((), float("-inf"), tl.float32)
@@ -41,7 +41,7 @@ def linear_rows_kernel(
     hit = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, V, BLOCK_V):
         x, j = load_logits(row_ptr, start, V, BLOCK_V)
-        z, _slope = head_logits(x, bias_ptr, j, j < V, scale, softcap, HAS_BIAS, SOFTCAP)
+        z, _slope = head_logits(x, bias_ptr, j, j < V, logit_scale, softcap, HAS_BIAS, SOFTCAP)
         z = tl.where(j < V, z, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(z, axis=0))
         # While all logits seen are -inf there is nothing to subtract, and -inf − -inf would be NaN.
@@ -55,44 +55,45 @@ def linear_rows_kernel(
     tl.store(lse_ptr + row, lse)
     tl.store(logp_ptr + row, tl.where(inside, tl.sum(hit, axis=0) - lse, float("nan")))
 
-    if WRITE_D:
+    if WRITE_DLOGITS:
         for start in range(0, V, BLOCK_V):
-            write_d(
-                row_ptr, d_ptr + row * d_stride_row, bias_ptr, start, V, target, lse, 1.0, scale, softcap, HAS_BIAS,
-                SOFTCAP, BLOCK_V,
+            write_dlogits(
+                row_ptr, dlogits_ptr + row * dlogits_stride, bias_ptr, start, V, target, lse, 1.0, logit_scale, softcap,
+                HAS_BIAS, SOFTCAP, BLOCK_V,
             )  # fmt: skip
 
 
 def linear_rows(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
+    logits: torch.Tensor,  # [rows, V] float32
+    targets: torch.Tensor,  # [rows]
+    dlogits: torch.Tensor | None,  # [rows, V]
+    *,
+    bias: torch.Tensor | None,  # [V]
+    logit_scale: float,
     softcap: float,
-    targets: torch.Tensor,
-    out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``logp [rows]`` and ``lse [rows]``; writes D into ``out``, which may be ``logits``, unless it is None."""
+    """Returns ``logp [rows]`` and ``lse [rows]``; writes unit ``dlogits``, which may be ``logits``, unless None."""
     rows, V = logits.shape
     logp = torch.empty(rows, dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(logp)
-    d = logits if out is None else out
+    out = logits if dlogits is None else dlogits
     block_v = min(MAX_BLOCK_V, max(16, triton.next_power_of_2(V)))
     with on_device(logits):
         linear_rows_kernel[(rows,)](
             logits,
-            logits if bias is None else bias,
+            logits if bias is None else bias.contiguous(),
             targets,
             logp,
             lse,
-            d,
+            out,
             logits.stride(0),
-            d.stride(0),
+            out.stride(0),
             V,
-            scale,
+            logit_scale,
             softcap,
             HAS_BIAS=bias is not None,
             SOFTCAP=softcap != 0,
-            WRITE_D=out is not None,
+            WRITE_DLOGITS=dlogits is not None,
             BLOCK_V=block_v,
             # Rows that are not aligned take a register pair of address per element: more lanes, fewer elements each.
             num_warps=max(1, block_v // (256 if V % 16 else ELEMENTS_PER_WARP)),

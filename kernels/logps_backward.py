@@ -19,7 +19,7 @@ def logps_backward_kernel(
     labels_ptr,  # [N, T]
     weights_ptr,  # [N, T] or unused
     lse_ptr,  # [N, T], contiguous
-    grad_ptr,  # [N, T, V]; may be the logits themselves
+    dlogits_ptr,  # [N, T, V]; may be the logits themselves
     grad_sum_stride,
     stride_n,
     stride_t,
@@ -28,9 +28,9 @@ def logps_backward_kernel(
     labels_stride_t,
     weights_stride_n,
     weights_stride_t,
-    grad_stride_n,
-    grad_stride_t,
-    grad_stride_v,
+    dlogits_stride_n,
+    dlogits_stride_t,
+    dlogits_stride_v,
     T,
     V,
     chunk,
@@ -49,21 +49,21 @@ def logps_backward_kernel(
         labels_ptr + n * labels_stride_n + label_t * labels_stride_t, mask=label_t < T, other=ignore_index
     ).to(tl.int64)
 
-    # ALIGN > 1 only where logits and gradient have the same strides, so that one `head` serves both.
-    grad_offset = n * grad_stride_n + t * grad_stride_t
-    head = (grad_offset % ALIGN).to(tl.int32)
+    # ALIGN > 1 only where logits and dlogits have the same strides, so that one `head` serves both.
+    dlogits_offset = n * dlogits_stride_n + t * dlogits_stride_t
+    head = (dlogits_offset % ALIGN).to(tl.int32)
     end = head + V
-    grad_row_ptr = grad_ptr + tl.multiple_of(grad_offset - head, ALIGN)
+    dlogits_row_ptr = dlogits_ptr + tl.multiple_of(dlogits_offset - head, ALIGN)
     row_ptr = logits_ptr + tl.multiple_of(n * stride_n + t * stride_t - head, ALIGN)
     low = split * chunk
     high = tl.minimum(low + chunk, end)
-    dtype = grad_ptr.dtype.element_ty
+    dtype = dlogits_ptr.dtype.element_ty
 
     if label == ignore_index:
         zeros = tl.zeros([BLOCK_V], dtype)
         for start in range(low, high, BLOCK_V):
             j = tl.multiple_of(start, BLOCK_V) + tl.arange(0, BLOCK_V)
-            ptr = grad_row_ptr + j.to(tl.int64) * grad_stride_v
+            ptr = dlogits_row_ptr + j.to(tl.int64) * dlogits_stride_v
             if (start >= head) & (start + BLOCK_V <= end):
                 tl.store(ptr, zeros)
             else:
@@ -77,33 +77,33 @@ def logps_backward_kernel(
     for start in range(low, high, BLOCK_V):
         j = tl.multiple_of(start, BLOCK_V) + tl.arange(0, BLOCK_V)
         ptr = row_ptr + j.to(tl.int64) * stride_v
-        grad_at = grad_row_ptr + j.to(tl.int64) * grad_stride_v
+        dlogits_at = dlogits_row_ptr + j.to(tl.int64) * dlogits_stride_v
         inner = (start >= head) & (start + BLOCK_V <= end)
         if inner:
             x = tl.load(ptr).to(tl.float32)
         else:
             x = tl.load(ptr, mask=(j >= head) & (j < end), other=float("-inf")).to(tl.float32)
         onehot = (j - head == label).to(tl.float32)
-        grad = (w * (onehot - tl.exp(x - lse))).to(dtype)
+        dlogits = (w * (onehot - tl.exp(x - lse))).to(dtype)
         if inner:
-            tl.store(grad_at, grad)
+            tl.store(dlogits_at, dlogits)
         else:
-            tl.store(grad_at, grad, mask=(j >= head) & (j < end))
+            tl.store(dlogits_at, dlogits, mask=(j >= head) & (j < end))
 
 
 def logps_backward(
-    grad_sum: torch.Tensor,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    token_weights: torch.Tensor | None,
-    lse: torch.Tensor,
-    grad: torch.Tensor,
+    grad_sum: torch.Tensor,  # [N]
+    logits: torch.Tensor,  # [N, T, V]
+    labels: torch.Tensor,  # [N, T]
+    token_weights: torch.Tensor | None,  # [N, T]
+    lse: torch.Tensor,  # [N, T], contiguous
+    dlogits: torch.Tensor,  # [N, T, V]
     shift: int,
     ignore_index: int,
 ) -> None:
-    """Writes ``dlogits`` into ``grad`` (every element), which may be ``logits`` itself."""
+    """Writes ``dlogits`` (every element), which may be ``logits`` itself."""
     N, T, V = logits.shape
-    aligned = logits.stride(2) == 1 and logits.stride() == grad.stride()
+    aligned = logits.stride(2) == 1 and logits.stride() == dlogits.stride()
     launch = logits_launch(N * T, V, logits.element_size(), aligned=aligned)
     weights = labels if token_weights is None else token_weights
     with on_device(logits):
@@ -113,12 +113,12 @@ def logps_backward(
             labels,
             weights,
             lse,
-            grad,
+            dlogits,
             *grad_sum.stride(),
             *logits.stride(),
             *labels.stride(),
             *weights.stride(),
-            *grad.stride(),
+            *dlogits.stride(),
             T,
             V,
             launch.chunk,

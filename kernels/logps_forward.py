@@ -6,6 +6,8 @@ sum of exponentials below it. Masked rows return before they touch a logit.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -77,10 +79,20 @@ def logps_forward_kernel(
     tl.store(total_ptr + at, tl.sum(total, axis=0))
 
 
+class Partials(NamedTuple):
+    """Of the programs that share a row; only active rows are written."""
+
+    peak: torch.Tensor  # [splits, N·T] float32: max over the program's share
+    total: torch.Tensor  # [splits, N·T] float32: Σ exp(x − peak) over it
+    target: torch.Tensor  # [N·T] float32: the label's logit
+
+
 def logps_forward(
-    logits: torch.Tensor, labels: torch.Tensor, shift: int, ignore_index: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns ``peak [splits, N·T]``, ``total [splits, N·T]`` and ``target [N·T]``; active rows are written."""
+    logits: torch.Tensor,  # [N, T, V]
+    labels: torch.Tensor,  # [N, T]
+    shift: int,
+    ignore_index: int,
+) -> Partials:
     N, T, V = logits.shape
     launch = logits_launch(N * T, V, logits.element_size(), aligned=logits.stride(2) == 1)
     peak = torch.empty((launch.splits, N * T), dtype=torch.float32, device=logits.device)
@@ -106,4 +118,4 @@ def logps_forward(
             num_warps=launch.num_warps,
             enable_fp_fusion=True,
         )
-    return peak, total, target
+    return Partials(peak, total, target)

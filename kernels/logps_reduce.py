@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from napo_loss.kernels.launch import on_device
+from napo_loss.kernels.logps_forward import Partials
 
 BLOCK_T = 512
 
@@ -70,14 +71,13 @@ def logps_reduce_kernel(
 
 
 def logps_reduce(
-    partials: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    labels: torch.Tensor,
-    token_weights: torch.Tensor | None,
+    partials: Partials,
+    labels: torch.Tensor,  # [N, T]
+    token_weights: torch.Tensor | None,  # [N, T]
     shift: int,
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns ``sum [N]``, ``length [N]`` and ``lse [N, T]`` from what ``logps_forward`` left."""
-    peak, total, target = partials
     N, T = labels.shape
     lse = torch.empty((N, T), dtype=torch.float32, device=labels.device)
     sums = torch.empty(N, dtype=torch.float32, device=labels.device)
@@ -85,9 +85,9 @@ def logps_reduce(
     weights = labels if token_weights is None else token_weights
     with on_device(labels):
         logps_reduce_kernel[(N,)](
-            peak,
-            total,
-            target,
+            partials.peak,
+            partials.total,
+            partials.target,
             labels,
             weights,
             lse,
@@ -97,7 +97,7 @@ def logps_reduce(
             *weights.stride(),
             T,
             N * T,
-            peak.shape[0],
+            partials.peak.shape[0],
             shift,
             ignore_index,
             HAS_WEIGHTS=token_weights is not None,

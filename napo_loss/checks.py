@@ -22,7 +22,7 @@ def check_tensor(name: str, x: object) -> None:
 
 def check_positive(name: str, value: object) -> None:
     """A number of Python or numpy."""
-    if not (isinstance(value, Real) and math.isfinite(value) and float(value) > 0):
+    if not (isinstance(value, Real) and 0 < float(value) < math.inf):
         raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
 
 
@@ -120,15 +120,19 @@ def is_dtensor(x: object) -> bool:
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None, *, shard: bool = False
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    lora_A: Tensor | None = None,  # [r, D]
+    lora_B: Tensor | None = None,  # [V, r]
+    *,
+    shard: bool = False,
 ) -> None:
-    """``hidden [..., D]`` and the lm_head's tensors: whole (or a ``shard`` of the vocabulary, which may be nothing), on
-    one device, of one width and (autocast apart) dtype."""
+    """The lm_head's tensors: whole (or a ``shard`` of the vocabulary, which may be nothing), on the device of the
+    hidden states, of their width and (autocast apart) dtype; both factors of LoRA or none."""
     check_tensor("hidden", hidden)
-    given = {"weight": weight}
-    given |= {} if bias is None else {"bias": bias}
-    given |= {} if low_rank is None else {"A": low_rank[0], "B": low_rank[1]}
-    for name, x in given.items():
+    beside = {"bias": bias, "lora_A": lora_A, "lora_B": lora_B}
+    for name, x in {"weight": weight, **{name: x for name, x in beside.items() if x is not None}}.items():
         check_tensor(name, x)
         if is_dtensor(x):
             raise TypeError(SHARDED.format(name=name, what="a DTensor"))
@@ -142,12 +146,12 @@ def check_head(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [V] = {list(weight.shape[:1])}, got {list(bias.shape)}")
-    if low_rank is not None:
-        A, B = low_rank
-        if A.dim() != 2 or A.shape[1] != weight.shape[1] or B.shape != (weight.shape[0], A.shape[0]):
+    if lora_A is not None and lora_B is not None:
+        (V, D), r = weight.shape, lora_A.shape[0] if lora_A.dim() == 2 else None
+        if lora_A.shape != (r, D) or lora_B.shape != (V, r):
             raise ValueError(
-                f"A and B must have shapes [r, D] and [V, r] beside weight {list(weight.shape)}, got {list(A.shape)} "
-                f"and {list(B.shape)}"
+                f"lora_A and lora_B must have shapes [r, D] and [V, r] beside weight {list(weight.shape)}, got "
+                f"{list(lora_A.shape)} and {list(lora_B.shape)}"
             )
     if torch.is_autocast_enabled(hidden.device.type):
         return

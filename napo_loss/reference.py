@@ -60,7 +60,7 @@ def linear_sequence_logps(
         SequenceLogps(sum=tensor([-2.7726]), length=tensor([2.]))
     """
     if isinstance(weight, LowRank):
-        weight = weight.weight + weight.scale * weight.B @ weight.A
+        weight = weight.weight + weight.scale * weight.lora_B @ weight.lora_A
     logits = torch.nn.functional.linear(hidden, weight, bias)
     if logit_scale is not None:
         logits = logits * logit_scale

@@ -121,31 +121,33 @@ def _join(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first.flatten(), second.flatten()])
 
 
-class LowRank(NamedTuple):
-    """An lm_head with LoRA factors beside it: ``weight + scale·B·A``, which is never formed.
+@dataclasses.dataclass(eq=False)
+class LowRank(Record, tensors=("weight", "lora_A", "lora_B")):
+    """An lm_head with LoRA factors beside it: ``weight + scale·lora_B·lora_A``, which is never formed.
 
     Attributes:
         weight: ``[V, D]``, usually frozen.
-        A: ``[r, D]``.
-        B: ``[V, r]``.
+        lora_A: ``[r, D]``.
+        lora_B: ``[V, r]``.
         scale: PEFT's ``lora_alpha / r``.
     """
 
     weight: Tensor
-    A: Tensor
-    B: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
     scale: float = 1.0
 
 
-class VocabShard(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class VocabShard(Record, tensors=("local",)):
     """The columns of a vocabulary that this rank of a process group holds, where tensor parallelism splits it.
 
     Stands in for ``logits`` or ``weight``; positions and labels are the same on every rank of the group, and so is what
     comes out.
 
     Attributes:
-        local: logits ``[N, T, V_local]``, or an lm_head ``[V_local, D]``, or a :class:`LowRank` of one (with all of A
-            and the local rows of B). ``V_local`` may be 0.
+        local: logits ``[N, T, V_local]``, or an lm_head ``[V_local, D]``, or a :class:`LowRank` of one (with all of
+            lora_A and the local rows of lora_B). ``V_local`` may be 0.
         process_group: the ranks that hold the rest; ``None``: this rank holds all.
         V: size of the vocabulary. Columns from V on are padding: they do not count, and cost the rank that has them a
             copy of the gradient. Shards that do not hold every column once give NaN.

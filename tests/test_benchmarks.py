@@ -342,7 +342,7 @@ def test_the_traffic_that_is_counted_is_what_a_kernel_touches():
 
     x, targets = torch.zeros(3, 100), torch.zeros(3, dtype=torch.int64)
     with traffic.Counter() as counter:
-        linear_rows(x, None, 1.0, 0.0, targets, x)
+        linear_rows(x, targets, x, bias=None, logit_scale=1.0, softcap=0.0)
     assert counter.read == 2 * x.nbytes + targets.nbytes
     assert counter.written == x.nbytes + 2 * 3 * 4
 

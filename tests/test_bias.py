@@ -1,7 +1,9 @@
 """Biased negatives with a real (tiny, random) LLaVA: what the model gets to see, what comes back, and resuming."""
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor  # noqa: E402
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 
-from napo_loss.bias import BiasSettings, add_biased_negatives, natural_noise  # noqa: E402
+from napo_loss.bias import BiasSettings, add_biased_negatives  # noqa: E402
 from napo_loss.bias.answers import Answers  # noqa: E402
-from napo_loss.bias.removal import remove_image  # noqa: E402
+from napo_loss.bias.cache import dataset_digest, model_digest  # noqa: E402
+from napo_loss.bias.removal import remove_image, without_placeholders  # noqa: E402
 
 TEXT = "USER: ASSISTANT: what who is this that here ? Describe the image. a b c d e f"
 WORDS = ["<pad>", "<eos>", "<unk>", "<image>", *TEXT.split()]
@@ -27,6 +30,7 @@ TEMPLATE = (
     "{% endfor %}{{ 'ASSISTANT:' if add_generation_prompt }}"
 )
 SHORT = BiasSettings(max_new_tokens=4)
+RELEASED = replace(BiasSettings.released(), max_new_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +135,103 @@ def test_each_negative_misses_its_modality(model, processor, seen):
     assert text == "USER: " + "<image> " * 4 + "Describe the image. ASSISTANT:"
 
 
+@pytest.fixture
+def looks(model):
+    """How often the vision tower ran."""
+    calls = []
+    handle = model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    yield calls
+    handle.remove()
+
+
+def decoded(processor, batch):
+    return [processor.tokenizer.decode(ids, skip_special_tokens=False) for ids in batch["input_ids"]]
+
+
+def test_as_released_one_negative_has_no_image_and_the_other_no_text(model, processor, seen, looks):
+    data = strings()
+    result = add_biased_negatives(data, model, processor, settings=RELEASED, batch_size=6)
+    blind, deaf = seen
+    assert set(blind) == {"input_ids", "attention_mask", "generation_config"}
+    questions = ["USER: what is this ? ASSISTANT:", "USER: who is that ? ASSISTANT:", "USER: what is here ? ASSISTANT:"]
+    assert decoded(processor, blind) == [*questions, *questions]
+    assert decoded(processor, deaf) == ["USER: " + "<image> " * 4 + "ASSISTANT:"] * 6
+    images = processor.image_processor([row["images"][0] for row in data], return_tensors="pt")
+    assert (deaf["pixel_values"] == images["pixel_values"]).all()
+    assert len(looks) == 1
+
+    for ids, answer in zip(processor.tokenizer(questions)["input_ids"], result["question_only"][:3], strict=True):
+        inputs = torch.tensor([ids])
+        alone = model.generate(
+            input_ids=inputs, attention_mask=torch.ones_like(inputs), num_beams=3, max_new_tokens=4, do_sample=False
+        )
+        assert processor.tokenizer.decode(alone[0, len(ids) :], skip_special_tokens=True).strip() == answer
+
+
+@pytest.mark.parametrize("parts", [True, False])
+def test_conversations_as_released(model, processor, seen, looks, parts):
+    add_biased_negatives(conversations(parts), model, processor, settings=RELEASED, batch_size=3)
+    blind, deaf = seen
+    assert "pixel_values" not in blind
+    assert [x.split() for x in decoded(processor, blind)] == [
+        ["<unk>", *question.split(), "ASSISTANT:"] for question in ("who is that ?", "what is this ?", "what is this ?")
+    ]
+    assert [x.split() for x in decoded(processor, deaf)] == [["<unk>", *["<image>"] * 4, "ASSISTANT:"]] * 3
+    assert deaf["pixel_values"].shape[0] == 3
+    assert len(looks) == 1
+
+
+def test_several_images_as_released(model, processor, seen):
+    add_biased_negatives(strings(3, images=2), model, processor, settings=RELEASED, batch_size=3)
+    blind, deaf = seen
+    assert (blind["input_ids"] != 3).all()
+    assert decoded(processor, deaf) == ["USER: " + "<image> " * 8 + "ASSISTANT:"] * 3
+
+
+def test_an_argument_overrides_the_settings(model, processor, seen):
+    for removal in ("blank", None):
+        kwargs = {"settings": RELEASED, "kinds": ["question_only"], "image_removal": removal}
+        add_biased_negatives(strings(2), model, processor, **kwargs)
+    assert ["pixel_values" in batch for batch in seen] == [True, False]
+    add_biased_negatives(strings(2), model, processor, settings=SHORT, kinds=["question_only"], image_removal="omit")
+    assert "pixel_values" not in seen[2]
+    assert seen[2]["generation_config"].num_beams == 1
+
+
+def test_what_the_released_code_runs():
+    settings = BiasSettings.released()
+    assert (settings.num_beams, settings.temperature, settings.max_new_tokens) == (3, 0.0, 1024)
+    assert (settings.image_removal, settings.instruction) == ("omit", None)
+
+
+def test_beams_are_beams_whatever_the_batch_and_the_checkpoint_say(model, processor, seen, monkeypatch):
+    greedy = add_biased_negatives(strings(6), model, processor, settings=replace(RELEASED, num_beams=1), batch_size=6)
+    whole = add_biased_negatives(strings(6), model, processor, settings=RELEASED, batch_size=6)
+    assert whole["image_only"] != greedy["image_only"]
+    for name, value in {"num_beams": 5, "length_penalty": 9.0, "early_stopping": True, "do_sample": True}.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    for batch_size in (1, 4):
+        again = add_biased_negatives(strings(6), model, processor, settings=RELEASED, batch_size=batch_size)
+        assert again["question_only"] == whole["question_only"]
+        assert again["image_only"] == whole["image_only"]
+    used = seen[-1]["generation_config"]  # what is None there, the checkpoint decides
+    assert (used.num_beams, used.length_penalty, used.early_stopping, used.do_sample) == (3, 1.0, False, False)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("USER: <image> <image>\nWhat? ASSISTANT:", "USER: What? ASSISTANT:"),
+        ("Is <image> like <image>?", "Is like ?"),
+        ("What?\n<image>", "What?\n"),
+        ("<img><image></img> What < 3?", "What < 3?"),
+        ("<im_start>user <image>What?", "<im_start>user What?"),
+    ],
+)
+def test_prompts_without_placeholders(prompt, expected):
+    assert without_placeholders(prompt, "<image>") == expected
+
+
 @pytest.mark.parametrize("mode", ["mask", "noise", "blank", "crop"])
 @pytest.mark.parametrize("colour", ["RGB", "L"])
 def test_image_removal(mode, colour):
@@ -203,10 +304,13 @@ def test_greedy_is_greedy_whatever_the_checkpoint_says(model, processor, monkeyp
     assert add_biased_negatives(strings(), model, processor, settings=sampled)[:] != plain[:]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_an_interrupted_run_continues(model, processor, tmp_path, monkeypatch, temperature):
-    settings = BiasSettings(max_new_tokens=4, temperature=temperature)
-    data, kwargs = strings(9), {"settings": settings, "batch_size": 2, "image_removal": "noise"}
+@pytest.mark.parametrize(
+    "settings",
+    [replace(SHORT, image_removal="noise"), replace(SHORT, image_removal="noise", temperature=1.5), RELEASED,
+     replace(RELEASED, temperature=1.5)],
+)  # fmt: skip
+def test_an_interrupted_run_continues(model, processor, tmp_path, monkeypatch, settings):
+    data, kwargs = strings(9), {"settings": settings, "batch_size": 2}
     whole = add_biased_negatives(data, model, processor, **kwargs)
     generate, calls = type(model).generate, []
 
@@ -238,6 +342,9 @@ def test_a_cache_serves_one_run_only(model, processor, tmp_path):
     run(strings(4))
     with pytest.raises(ValueError, match=r"cache_dir.*instruction"):
         run(strings(4), instruction="what ?")
+    for name, value in {"instruction": None, "num_beams": 2, "image_removal": "omit"}.items():
+        with pytest.raises(ValueError, match=rf"cache_dir.*{name}"):
+            run(strings(4), **{name: value})
     with pytest.raises(ValueError, match=r"cache_dir.*dataset"):
         run(strings(4).select([1, 0, 2, 3]))
     weight = model.model.language_model.norm.weight
@@ -247,6 +354,19 @@ def test_a_cache_serves_one_run_only(model, processor, tmp_path):
         run(strings(4))
     with torch.no_grad():
         weight.sub_(1.0)
+
+
+def test_a_cache_from_before_there_were_beams_still_serves(model, processor, tmp_path):
+    data, settings = strings(2), BiasSettings()
+    run = {
+        "kind": "image_only", "dataset": dataset_digest(data), "model": model_digest(model),
+        "instruction": "Describe the image.", "max_new_tokens": 256, "temperature": 0.0, "seed": 0,
+        "crop_area": [0.01, 0.2], "question_pattern": settings.question_pattern, "image_removal": "mask",
+        "batch_size": None,
+    }  # fmt: skip
+    (tmp_path / "image_only.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [run, "found here", "and here"]))
+    result = add_biased_negatives(data, model, processor, kinds=["image_only"], cache_dir=tmp_path)
+    assert result["image_only"] == ["found here", "and here"]
 
 
 def test_model_and_random_state_are_left_as_they_were(model, processor):
@@ -276,6 +396,17 @@ def test_model_and_random_state_are_left_as_they_were(model, processor):
         ({"processor": object()}, TypeError, "processor"),
         ({"dataset": strings(2).map(lambda _: {"prompt": "no placeholder"})}, ValueError, "placeholders"),
         ({"settings": BiasSettings(question_pattern="(?P<question>xyz)")}, ValueError, "question_pattern"),
+        ({"settings": RELEASED, "dataset": strings(2).map(lambda _: {"prompt": "<image>"})}, ValueError, "nothing"),
+        (
+            {
+                "image_removal": "omit",
+                "dataset": conversations(False).map(
+                    lambda _: {"prompt": [{"role": "user", "content": "<image> what is this ?"}]}
+                ),
+            },
+            ValueError,
+            "no image part",
+        ),
     ],
 )
 def test_bad_input(model, processor, kwargs, error, match):
@@ -288,8 +419,8 @@ def test_bad_input(model, processor, kwargs, error, match):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("instruction", " "), ("max_new_tokens", 0), ("temperature", -1.0), ("seed", -1), ("crop_area", (0.3, 0.1)),
-        ("question_pattern", "(.*)"),
+        ("instruction", " "), ("image_removal", "blur"), ("num_beams", 0), ("num_beams", 1.5), ("max_new_tokens", 0),
+        ("temperature", -1.0), ("seed", -1), ("crop_area", (0.3, 0.1)), ("question_pattern", "(.*)"),
     ],
 )  # fmt: skip
 def test_bad_settings(name, value):
@@ -310,18 +441,8 @@ def test_bad_settings(name, value):
     ],
 )
 def test_questions_in_plain_text(model, processor, prompt, expected):
-    answers = Answers(model, processor, "image_only", "mask", BiasSettings())
+    answers = Answers(model, processor, "image_only", BiasSettings())
     assert answers._text(prompt, prompt.count("<image>"), 0) == expected
-
-
-def test_natural_noise():
-    def turn(text):
-        return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
-
-    data = {"chosen": [turn("A bear."), turn("two")], "image_only": [turn("a  BEAR"), turn("three")]}
-    assert natural_noise(datasets.Dataset.from_dict(data)) == {"image_only": 0.5}
-    with pytest.raises(ValueError, match="kinds"):
-        natural_noise(datasets.Dataset.from_dict({"chosen": ["x"]}))
 
 
 def test_napo_loss_alone_needs_none_of_this():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, sequence_logps
 from napo_loss.kernels.launch import MAX_BLOCK_V, logits_launch
 from napo_loss.logps import ops as logps_ops
+from napo_loss.logps.calls import LogitsCall
 from napo_loss.objective import loss as objective
 from napo_loss.objective import ops as objective_ops
 from napo_loss.objective.negatives import PreferenceBatch
@@ -125,9 +126,9 @@ def guard_bands(monkeypatch):
 def test_logits_kernels_stay_inside_their_buffers(guard_bands, V, dtype):
     labels = torch.randint(0, V, (3, 7))
     labels[0, :4] = -100
-    args = (torch.randn(3, 7, V).to(dtype), labels, torch.rand(3, 7))
-    _, _, lse = logps_ops.sequence_logps(*args, 1, -100, False, "triton")
-    logps_ops.sequence_logps_backward(torch.ones(3), *args, lse, 1, -100, "triton")
+    schema = LogitsCall(torch.randn(3, 7, V).to(dtype), labels, torch.rand(3, 7), backend="triton").to_schema()
+    _, _, lse = logps_ops.sequence_logps(**schema)
+    logps_ops.sequence_logps_backward(torch.ones(3), lse, **schema)
     assert len(guard_bands) == 7
 
 

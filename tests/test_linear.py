@@ -11,16 +11,18 @@ from torch.library import opcheck
 
 from napo_loss import LowRank, linear_sequence_logps, reference, sequence_logps
 from napo_loss.logps import factored, gemm, linear_ops
+from napo_loss.logps.calls import LinearCall
+from napo_loss.logps.records import Head
 
 BACKENDS = ["eager", "triton"]
-NAMES = ("hidden", "weight", "bias", "A", "B")
+NAMES = ("hidden", "weight", "bias", "lora_A", "lora_B")
 seeds = st.integers(0, 2**31)
 
 
 def example(seed=0, N=3, T=6, D=8, V=37, r=2, dtype=torch.float32, masked=0.4):
     """Tensors by name (``hidden [N, T, D]``, the head's), labels, token weights and an upstream gradient."""
     g = torch.Generator().manual_seed(seed)
-    shapes = {"hidden": (N, T, D), "weight": (V, D), "bias": (V,), "A": (r, D), "B": (V, r)}
+    shapes = {"hidden": (N, T, D), "weight": (V, D), "bias": (V,), "lora_A": (r, D), "lora_B": (V, r)}
     tensors = {name: torch.randn(shape, generator=g).to(dtype) for name, shape in shapes.items()}
     labels = torch.randint(0, V, (N, T), generator=g).masked_fill(torch.rand(N, T, generator=g) < masked, -100)
     return tensors, labels, torch.rand(N, T, generator=g), torch.randn(N, generator=g)
@@ -28,9 +30,9 @@ def example(seed=0, N=3, T=6, D=8, V=37, r=2, dtype=torch.float32, masked=0.4):
 
 def run(function, tensors, labels, upstream, *, trained=NAMES, low_rank=False, bias=True, dtype=None, **kwargs):
     """``sum``, ``length`` and the gradients by name."""
-    used = [n for n in NAMES if (n not in "AB" or low_rank) and (n != "bias" or bias)]
+    used = [n for n in NAMES if ("lora" not in n or low_rank) and (n != "bias" or bias)]
     leaves = {n: tensors[n].detach().to(dtype or tensors[n].dtype).requires_grad_(n in trained) for n in used}
-    weight = LowRank(leaves["weight"], leaves["A"], leaves["B"], 0.5) if low_rank else leaves["weight"]
+    weight = LowRank(leaves["weight"], leaves["lora_A"], leaves["lora_B"], 0.5) if low_rank else leaves["weight"]
     out = function(leaves["hidden"], weight, labels, bias=leaves.get("bias"), **kwargs)
     if out.sum.requires_grad:
         out.sum.backward(upstream.to(out.sum.dtype))
@@ -54,7 +56,7 @@ def assert_matches(tensors, labels, upstream, token_weights=None, backend="eager
     for name, grad in ours[2].items():
         assert grad.dtype == tensors[name].dtype
         error, allowed = (grad.double() - exact[2][name]).norm(), (plain[2][name].double() - exact[2][name]).norm()
-        # Half precision: D, the factor beside it and the result are rounded once each (the interpreter truncates).
+        # Half precision: dlogits, the factor beside and the result are rounded once each (the interpreter truncates).
         assert error <= allowed + (2 if half else 1) * eps * exact[2][name].norm() + eps * upstream.norm(), name
 
 
@@ -119,17 +121,17 @@ def flops(monkeypatch):
     ],
 )
 def test_products_are_counted(flops, monkeypatch, trained, budget, products):
-    """1 under no_grad, 2 with a frozen head, 3 with D kept, 4 with D recomputed; over active rows only."""
+    """1 under no_grad, 2 with a frozen head, 3 with dlogits kept, 4 with them recomputed; over active rows only."""
     tensors, labels, _, upstream = example(2, 4, 10, 16, 200, masked=0.7)
     direct = []  # logits straight into the kept buffer
-    original = factored._logits
+    original = factored._raw_logits
 
-    def logits(X, XA, head, columns, out=None):
+    def raw_logits(h, h_lora_A, head, out=None):
         if out is not None:
-            direct.append(2 * len(X) * X.shape[1] * head.weight.shape[0])
-        return original(X, XA, head, columns, out)
+            direct.append(2 * len(h) * h.shape[1] * head.weight.shape[0])
+        return original(h, h_lora_A, head, out)
 
-    monkeypatch.setattr(factored, "_logits", logits)
+    monkeypatch.setattr(factored, "_raw_logits", raw_logits)
     run(linear_sequence_logps, tensors, labels, upstream, trained=trained, bias=False, logits_budget=budget)
     active = int((labels[:, 1:] != -100).sum())
     assert sum(flops) + sum(direct) == products * 2 * active * 16 * 200
@@ -183,9 +185,9 @@ def test_float64_gradcheck_twice_through_one_graph(budget):
     tensors, labels, weights, upstream = example(7, 2, 4, 3, 7, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in tensors.values()]
 
-    def function(hidden, weight, bias, A, B):
+    def function(hidden, weight, bias, lora_A, lora_B):
         return linear_sequence_logps(
-            hidden, LowRank(weight, A, B, 0.7), labels, bias=bias, softcap=3.0, logit_scale=1.5,
+            hidden, LowRank(weight, lora_A, lora_B, 0.7), labels, bias=bias, softcap=3.0, logit_scale=1.5,
             token_weights=weights, logits_budget=budget,
         ).sum  # fmt: skip
 
@@ -291,14 +293,14 @@ def test_wrong_offsets_on_a_gpu_are_nan(monkeypatch):
 @pytest.mark.parametrize("budget", [3000, 2**30])
 def test_opcheck(backend, budget):
     tensors, labels, _, _ = example(12)
-    leaves = [x.requires_grad_() for x in tensors.values()]
-    needs, scalars = [True] * 4, [0.5, 1.0, 5.0]
-    args = (*leaves, labels, scalars, -100, budget, needs, backend, [], "")
-    opcheck(linear_ops.linear_logps, args)
-    _, *saved = linear_ops.linear_logps(*args)
-    plain = [x.detach() for x in leaves]
-    args = (torch.ones(3, 6), *plain, labels, [x.detach() for x in saved], scalars, budget, needs, backend, [], "")
-    opcheck(linear_ops.linear_logps_backward, args)
+    hidden = tensors.pop("hidden").requires_grad_()
+    head = Head(**{n: x.requires_grad_() for n, x in tensors.items()}, lora_scale=0.5, logit_scale=1.0, softcap=5.0)
+    call = LinearCall.of(hidden, head, labels, budget=budget, backend=backend)
+    assert all(call.needs)
+    opcheck(linear_ops.linear_logps, (), call.to_schema())
+    _, *saved = linear_ops.linear_logps(**call.to_schema())
+    plain = {n: x.detach() if isinstance(x, torch.Tensor) else x for n, x in call.to_schema().items()}
+    opcheck(linear_ops.linear_logps_backward, (torch.ones(3, 6), [x.detach() for x in saved]), plain)
 
 
 def test_compiles_without_a_graph_break():
@@ -307,6 +309,26 @@ def test_compiles_without_a_graph_break():
     kwargs = {"token_weights": weights, "logits_budget": 2**20, "low_rank": True}
     expected = run(linear_sequence_logps, tensors, labels, upstream, **kwargs)
     torch.testing.assert_close(run(function, tensors, labels, upstream, **kwargs), expected)
+
+
+def test_compiles_with_numbers_that_change():
+    tensors, labels, _, upstream = example(17)
+    function = torch.compile(linear_sequence_logps, fullgraph=True, backend="aot_eager")
+    for softcap in (3.0, 4.0, 5.0):
+        options = {"softcap": softcap, "logit_scale": 1 / softcap, "logits_budget": int(1000 * softcap)}
+        expected = run(linear_sequence_logps, tensors, labels, upstream, **options)
+        torch.testing.assert_close(run(function, tensors, labels, upstream, **options), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("budget", [1, 2**20])
+def test_a_strided_bias(backend, budget):
+    tensors, labels, _, upstream = example(16)
+    strided = {**tensors, "bias": torch.stack([tensors["bias"], torch.full((37,), 99.0)], 1)[:, 0]}
+    assert not strided["bias"].is_contiguous()
+    options = {"backend": backend, "logits_budget": budget}
+    expected = run(linear_sequence_logps, tensors, labels, upstream, **options)
+    torch.testing.assert_close(run(linear_sequence_logps, strided, labels, upstream, **options), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -337,7 +359,11 @@ class FakeDTensor(torch.Tensor):
         ({"weight": WEIGHT.as_subclass(FakeDTensor)}, TypeError, r"weight is a DTensor.*napo_loss\.fused_head"),
         ({"weight": torch.empty(0)}, ValueError, r"weight is empty, shape \[0\], as a ZeRO-3.*napo_loss\.fused_head"),
         ({"weight": WEIGHT.to("meta")}, ValueError, "weight is on meta, but hidden is on cpu"),
-        ({"weight": LowRank(WEIGHT, WEIGHT, WEIGHT)}, ValueError, r"A and B must have shapes \[r, D\] and \[V, r\]"),
+        (
+            {"weight": LowRank(WEIGHT, WEIGHT, WEIGHT)},
+            ValueError,
+            r"lora_A and lora_B must have shapes \[r, D\] and \[V, r\]",
+        ),
         ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \[V\] = \[5\], got \[4\]"),
         ({"labels": LABELS[:, :2]}, ValueError, r"labels must have shape \[N, T\] = \[2, 3\], as hidden asks"),
         ({"labels": LABELS + 5}, ValueError, r"labels must be in \[0, 5\)"),

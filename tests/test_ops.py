@@ -9,6 +9,7 @@ from torch.library import opcheck
 
 from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, sequence_logps
 from napo_loss.logps import ops
+from napo_loss.logps.calls import LogitsCall
 from napo_loss.objective import loss as objective
 from napo_loss.objective import ops as objective_ops
 from napo_loss.objective.negatives import BatchLogps, PreferenceBatch
@@ -27,11 +28,12 @@ def example(requires_grad=True):
 def test_opcheck_sequence_logps(backend, weighted):
     logits, labels = example()
     weights = torch.rand(4, 5) if weighted else None
-    opcheck(ops.sequence_logps, (logits, labels, weights, 1, -100, False, backend))
-    lse = ops.sequence_logps(logits, labels, weights, 1, -100, False, backend)[2].detach()
-    args = (torch.ones(4), logits.detach(), labels, weights, lse, 1, -100, backend)
-    opcheck(ops.sequence_logps_backward, args)
-    opcheck(ops.sequence_logps_backward_, args)
+    call = LogitsCall(logits, labels, weights, backend=backend)
+    opcheck(ops.sequence_logps, (), call.to_schema())
+    _, _, lse = ops.sequence_logps(**call.to_schema())
+    call = replace(call, logits=logits.detach())
+    opcheck(ops.sequence_logps_backward, (torch.ones(4), lse.detach()), call.to_schema())
+    opcheck(ops.sequence_logps_backward_, (torch.ones(4), lse.detach()), call.to_schema())
 
 
 def test_opcheck_objective():

@@ -19,13 +19,16 @@ from napo_loss import (
     reference,
     sequence_logps,
 )
-from napo_loss.logps import factored, linear_ops, sharded
+from napo_loss.logps import factored, memory, sharded
+from napo_loss.logps.calls import ShardedCall
 from napo_loss.parallel import shards
 from napo_loss.parallel.columns import Columns
 
 BACKENDS = ["eager", "triton"]
 seeds = st.integers(0, 2**31)
-NAMES = ("hidden", "weight", "bias", "A", "B")
+NAMES = ("hidden", "weight", "bias", "lora_A", "lora_B")
+SPLIT = ("weight", "bias", "lora_B")
+LORA = ("hidden", "lora_A", "lora_B")
 
 
 def bounds(V, W, kind, g):
@@ -110,13 +113,13 @@ def test_logits(ranks, backend, seed, W, N, T, V, kind, dtype, weighted, shift, 
 
 
 def linear_tensors(g, N, T, D, V, r, dtype):
-    shapes = {"hidden": (N, T, D), "weight": (V, D), "bias": (V,), "A": (r, D), "B": (V, r)}
+    shapes = {"hidden": (N, T, D), "weight": (V, D), "bias": (V,), "lora_A": (r, D), "lora_B": (V, r)}
     return {name: torch.randn(shape, generator=g).to(dtype) for name, shape in shapes.items()}
 
 
 def run_linear(function, tensors, labels, upstream, wrap, *, low_rank, trained, **kwargs):
     leaves = {n: x.detach().clone().requires_grad_(n in trained) for n, x in tensors.items()}
-    head = LowRank(leaves["weight"], leaves["A"], leaves["B"], 0.5) if low_rank else leaves["weight"]
+    head = LowRank(leaves["weight"], leaves["lora_A"], leaves["lora_B"], 0.5) if low_rank else leaves["weight"]
     out = function(leaves["hidden"], wrap(head), labels, bias=leaves["bias"], **kwargs)
     out.sum.backward(upstream.to(out.sum.dtype))
     return out, {n: leaves[n].grad for n in NAMES if leaves[n].grad is not None}
@@ -133,7 +136,7 @@ def check_linear(group, seed, sizes, kind, dtype, backend, low_rank, trained, bu
     plain, plain_grads = run_linear(
         linear_sequence_logps, tensors, labels, upstream, lambda w: w, backend=backend, logits_budget=budget, **options
     )
-    local = {n: shard_of(x, 0, cuts, group, kind) if n in ("weight", "bias", "B") else x for n, x in tensors.items()}
+    local = {n: shard_of(x, 0, cuts, group, kind) if n in SPLIT else x for n, x in tensors.items()}
     ours, grads = run_linear(
         linear_sequence_logps, local, labels, upstream, lambda w: described(w, cuts, group, kind), backend=backend,
         logits_budget=budget, **options,
@@ -144,7 +147,7 @@ def check_linear(group, seed, sizes, kind, dtype, backend, low_rank, trained, bu
     mine = slice(cuts[group.rank()], cuts[group.rank() + 1])
     size = mine.stop - mine.start
     for name, grad in exact_grads.items():
-        split = name in ("weight", "bias", "B")
+        split = name in SPLIT
         found = grads.get(name)
         whole = grad[mine] if split else grad
         also = plain_grads[name][mine] if split else plain_grads[name]
@@ -152,7 +155,7 @@ def check_linear(group, seed, sizes, kind, dtype, backend, low_rank, trained, bu
         if split:
             assert (found[size:] == 0).all()
         assert found.dtype == dtype
-    return [grads[n] for n in ("hidden", "A") if n in grads]
+    return [grads[n] for n in ("hidden", "lora_A") if n in grads]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -160,11 +163,11 @@ def check_linear(group, seed, sizes, kind, dtype, backend, low_rank, trained, bu
 @given(
     seeds, st.integers(2, 4), st.integers(1, 3), st.integers(2, 6), st.sampled_from([1, 5, 37, 1000]),
     st.sampled_from(["dtensor", "padded", "anywhere"]), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans(),
-    st.sampled_from([NAMES, ("hidden",), ("weight",), ("hidden", "A", "B")]), st.sampled_from([1, 999, 2**28]),
+    st.sampled_from([NAMES, ("hidden",), ("weight",), LORA]), st.sampled_from([1, 999, 2**28]),
     st.sampled_from([None, 4.0]), st.sampled_from([None, 0.5]),
 )  # fmt: skip
 def test_linear(ranks, backend, seed, W, N, T, V, kind, dtype, low_rank, trained, budget, softcap, scale):
-    if not low_rank and trained == ("hidden", "A", "B"):
+    if not low_rank and trained == LORA:
         trained = ("hidden",)
     head = {"softcap": softcap, "logit_scale": scale}
     args = seed, (N, T, 8, V), kind, dtype, backend, low_rank, trained, budget, head
@@ -180,18 +183,19 @@ def check_dtensor(group, V):
     tensors = linear_tensors(g, 2, 6, 8, V, 2, torch.float32)
     mesh = dist.device_mesh.DeviceMesh.from_group(group, "cpu")
     whole = {n: x.clone().requires_grad_() for n, x in tensors.items()}
-    head = LowRank(whole["weight"], whole["A"], whole["B"], 0.5)
+    head = LowRank(whole["weight"], whole["lora_A"], whole["lora_B"], 0.5)
     expected = linear_sequence_logps(whole["hidden"], head, labels, bias=whole["bias"])
     expected.sum.backward(upstream)
     for placement in (Replicate(), Shard(1)):  # Shard(1): Megatron's sequence parallelism before the head
-        split = {n: distribute_tensor(tensors[n], mesh, [Shard(0)]).requires_grad_() for n in ("weight", "bias", "B")}
+        split = {n: distribute_tensor(tensors[n], mesh, [Shard(0)]).requires_grad_() for n in SPLIT}
         hidden = distribute_tensor(tensors["hidden"], mesh, [placement]).requires_grad_()
-        A = distribute_tensor(tensors["A"], mesh, [Replicate()]).requires_grad_()
-        out = linear_sequence_logps(hidden, LowRank(split["weight"], A, split["B"], 0.5), labels, bias=split["bias"])
+        lora_A = distribute_tensor(tensors["lora_A"], mesh, [Replicate()]).requires_grad_()
+        head = LowRank(split["weight"], lora_A, split["lora_B"], 0.5)
+        out = linear_sequence_logps(hidden, head, labels, bias=split["bias"])
         out.sum.backward(upstream)
         assert not isinstance(out.sum, DTensor)
         torch.testing.assert_close(out, expected)
-        for name, x in {**split, "hidden": hidden, "A": A}.items():
+        for name, x in {**split, "hidden": hidden, "lora_A": lora_A}.items():
             assert x.grad.placements == x.placements
             torch.testing.assert_close(x.grad.full_tensor(), whole[name].grad, rtol=1e-5, atol=1e-5, msg=name)
     logits = torch.randn(2, 6, V, generator=g)
@@ -268,7 +272,7 @@ def check_exchange(group, budget):
         sequence_logps(described(local, cuts, group, "dtensor"), labels).sum.backward(upstream)
     finally:
         factored.forward, factored.backward, sharded.merge = forward, backward, merge
-    per_row = -(-60 // group.size()) * (4 + 2)  # float32 logits and their bfloat16 D
+    per_row = -(-60 // group.size()) * (4 + 2)  # float32 logits and their bfloat16 dlogits
     chunks = -(-A // max(1, budget // per_row))
     assert counted["forward"] == (2 * chunks, scale.vocabulary_forward(A, chunks))
     assert counted["backward"] == (1, scale.vocabulary_backward(A, D=8))
@@ -336,7 +340,7 @@ def check_wrong_shards(group):
     with pytest.raises(ValueError, match=rf"bias must have the {4 - rank} rows of weight\.local.* got 7"):
         linear_sequence_logps(hidden, rows, labels, bias=torch.zeros(7))
     low_rank = LowRank(rows.local, torch.zeros(1, 2), torch.zeros(7, 1))
-    with pytest.raises(ValueError, match=rf"B must have the {4 - rank} rows of weight\.local.* got 7"):
+    with pytest.raises(ValueError, match=rf"lora_B must have the {4 - rank} rows of weight\.local.* got 7"):
         linear_sequence_logps(hidden, rows._replace(local=low_rank), labels)
 
     split, whole = (distribute_tensor(torch.zeros(8, 2), mesh, [place]) for place in (Shard(0), Replicate()))
@@ -376,14 +380,14 @@ def test_a_shard_of_minus_infinity(ranks):
 
 def check_free_memory(group):
     """Ranks with more or less free memory form the same chunks, so that they exchange the same."""
-    original, linear_ops.os.sysconf = linear_ops.os.sysconf, lambda name: 8 * (1 + 3 * group.rank())
+    original, memory.os.sysconf = memory.os.sysconf, lambda name: 8 * (1 + 3 * group.rank())
     try:
         g, labels, _, _ = example(4, 2, 20, 8)
         tensors = linear_tensors(g, 2, 20, 4, 8, 1, torch.float32)
         local = tensors["weight"][4 * group.rank() : 4 * group.rank() + 4]
         split = linear_sequence_logps(tensors["hidden"], VocabShard(local, group, V=8), labels)
     finally:
-        linear_ops.os.sysconf = original
+        memory.os.sysconf = original
     torch.testing.assert_close(split, linear_sequence_logps(tensors["hidden"], tensors["weight"], labels))
 
 
@@ -395,7 +399,7 @@ def check_operators(group, backend):
     columns = Columns(4 * group.rank(), 4, 8, 4, group.group_name)
     torch.manual_seed(0)
     logits, targets = torch.randn(2, 3, 4, requires_grad=True), torch.tensor([[7, -100, 1], [0, 4, -100]])
-    opcheck(sharded.sharded_logps, (logits, targets, -100, False, list(columns[:4]), columns.group, backend))
+    opcheck(sharded.sharded_logps, (), ShardedCall(logits, targets, columns, backend=backend).to_schema())
     # A function of the shard compiles as one graph; a process group is not a tensor, so it comes from outside.
     shard = VocabShard(torch.randn(4, 5, requires_grad=True), group, V=8)
     hidden, labels = torch.randn(2, 3, 5, requires_grad=True), torch.tensor([[-100, 7, 1], [-100, 4, -100]])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from napo_loss.bias.cache import resume
-from napo_loss.bias.removal import conversation, images_of, neutral_text, remove_image
+from napo_loss.bias.removal import conversation, images_of, neutral_text, remove_image, without_placeholders
 from napo_loss.bias.settings import KINDS, BiasSettings
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 class Answers:
     """``(rows, their indices) -> answers`` with one modality taken away."""
 
-    def __init__(self, model: Any, processor: Any, kind: str, image_removal: str, settings: BiasSettings):
+    def __init__(self, model: Any, processor: Any, kind: str, settings: BiasSettings):
         from transformers import GenerationConfig
 
-        self.model, self.processor, self.kind = model, processor, kind
-        self.image_removal, self.settings = image_removal, settings
+        self.model, self.processor, self.kind, self.settings = model, processor, kind, settings
+        self.omits_image = kind == "question_only" and settings.image_removal == "omit"
         tokenizer = processor.tokenizer
         own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         eos = [own] if isinstance(own, int) else list(own or [])
@@ -46,17 +46,19 @@ class Answers:
             temperature=settings.temperature if sample else 1.0,
             top_k=0 if sample else 50,  # 50 is "unset" to a greedy config
             top_p=1.0,
-            num_beams=1,
+            num_beams=settings.num_beams,
+            length_penalty=1.0,
+            early_stopping=False,
             repetition_penalty=1.0,
         )
 
     def __call__(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[str]:
         images = [images_of(row, i) for row, i in zip(rows, indices, strict=True)]
         texts = [self._text(row["prompt"], len(x), i) for row, x, i in zip(rows, images, indices, strict=True)]
-        if self.kind == "question_only":
+        if self.kind == "question_only" and not self.omits_image:
             images = [[self._remove(x, i, n) for n, x in enumerate(xs)] for xs, i in zip(images, indices, strict=True)]
         inputs = self.processor(
-            images=images,
+            **({} if self.omits_image else {"images": images}),
             text=texts,
             padding=True,
             padding_side="left",  # an answer starts where its prompt ends
@@ -73,22 +75,30 @@ class Answers:
 
     def _text(self, prompt: str | list[dict[str, Any]], n_images: int, index: int) -> str:
         token = getattr(self.processor, "image_token", "<image>")
-        replace = self.settings.instruction if self.kind == "image_only" else None
+        keep = {"question": self.kind != "image_only", "image": not self.omits_image}
         if not isinstance(prompt, str):
-            messages = conversation(prompt, n_images, replace)
-            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            messages = conversation(prompt, n_images, self.settings.instruction, **keep)
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            if self.omits_image and token in text:
+                raise ValueError(f"prompt {index} holds a placeholder {token!r} that is no image part: {text!r}")
+            return text
         if prompt.count(token) != n_images:
             raise ValueError(f"prompt {index} has {prompt.count(token)} placeholders {token!r} for {n_images} images")
-        if replace is None:
+        if self.omits_image:
+            text = without_placeholders(prompt, token)
+            if not text.strip():
+                raise ValueError(f"prompt {index} holds nothing beside its images: {prompt!r}")
+            return text
+        if keep["question"]:
             return prompt
         match = re.search(self.settings.question_pattern, prompt)
         if match is None:
             raise ValueError(f"BiasSettings.question_pattern finds no question in prompt {index}: {prompt!r}")
         start, end = match.span("question")
-        return prompt[:start] + neutral_text(match["question"], token, replace) + prompt[end:]
+        return prompt[:start] + neutral_text(match["question"], token, self.settings.instruction) + prompt[end:]
 
     def _remove(self, image: Any, index: int, number: int) -> Any:
-        return remove_image(image, self.image_removal, self._rng(index, number), self.settings.crop_area)
+        return remove_image(image, self.settings.image_removal, self._rng(index, number), self.settings.crop_area)
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.settings.seed, KINDS.index(self.kind), *key])

@@ -1,9 +1,9 @@
-"""Columns of biased negatives for a dataset, and how many of them are in fact right."""
+"""Columns of biased negatives for a dataset."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,7 +21,7 @@ def add_biased_negatives(
     processor: Any,
     *,
     kinds: Sequence[str] = KINDS,
-    image_removal: ImageRemoval = "mask",
+    image_removal: ImageRemoval | None = None,
     settings: BiasSettings | None = None,
     batch_size: int = 8,
     cache_dir: str | Path | None = None,
@@ -34,10 +34,9 @@ def add_biased_negatives(
         model: any model with ``generate``. It stays on its device; its training mode is restored.
         processor: the model's processor: image processor, tokenizer and, for conversations, chat template.
         kinds: ``"question_only"``, ``"image_only"`` or both.
-        image_removal: what ``question_only`` sees. ``"mask"``: every pixel at the image's mean colour;
-            ``"blank"``: black; ``"noise"``: uniform noise; ``"crop"``: a random crop with 1-20 % of the area,
-            resized back, which leaves some information (the released code has such a helper and never calls it).
-        settings: the rest, see :class:`BiasSettings`.
+        image_removal: what ``question_only`` sees, in place of ``settings.image_removal``: ``"mask"`` (the default),
+            ``"blank"``, ``"noise"``, ``"crop"`` or ``"omit"``, see :class:`BiasSettings`.
+        settings: the rest, see there. ``BiasSettings.released()`` is what the released code runs.
         batch_size: prompts generated at once.
         cache_dir: folder for one JSON-lines file per kind. An interrupted run continues from there; a file of
             another dataset, model or setting is refused.
@@ -54,49 +53,34 @@ def add_biased_negatives(
         Noise and crops depend on the seed and the row alone. Greedy answers do not depend on where a run was
         resumed, nor on the batch size up to rounding (padding moves sums; a near-tie may then fall the other
         way). Sampled answers do depend on the batch size, which the cache then insists on.
-        Of a conversation, the text of every user turn is replaced; earlier assistant turns stay.
+        Of a conversation, the text of every user turn is replaced; system and earlier assistant turns stay.
+
+    Example:
+        >>> add_biased_negatives(dataset, model, processor)  # doctest: +SKIP
+        >>> add_biased_negatives(dataset, model, processor, settings=BiasSettings.released())  # doctest: +SKIP
     """
-    settings = settings or BiasSettings()
     _check(dataset, model, processor, kinds, image_removal, batch_size)
+    settings = settings or BiasSettings()
+    settings = replace(settings, image_removal=image_removal or settings.image_removal)
     run = {
         "dataset": dataset_digest(dataset),
         "model": model_digest(model),
         **asdict(settings),
         "crop_area": list(settings.crop_area),
-        "image_removal": image_removal,
         "batch_size": batch_size if settings.temperature > 0 else None,
     }
+    if settings.num_beams == 1:  # caches from before there were beams name none
+        del run["num_beams"]
     columns = {}
     with evaluation(model):
         for kind in kinds:
             cache = None if cache_dir is None else Path(cache_dir) / f"{kind}.jsonl"
-            generate = Answers(model, processor, kind, image_removal, settings)
+            generate = Answers(model, processor, kind, settings)
             columns[kind] = answer_all(dataset, generate, batch_size, cache, run)
     chosen = dataset[0]["chosen"] if len(dataset) else ""
     for kind, answers in columns.items():
         dataset = dataset.add_column(kind, [_like(chosen, a) for a in answers])
     return dataset
-
-
-def natural_noise(dataset: Dataset, kinds: Sequence[str] = KINDS) -> dict[str, float]:
-    """Share of negatives per column which are in fact right: the same text as ``chosen``.
-
-    Case, white space and closing punctuation do not count. A right answer in other words is not seen, so this
-    is a lower bound. Columns that the dataset lacks are left out.
-
-    Example:
-        >>> from datasets import Dataset
-        >>> natural_noise(Dataset.from_dict({"chosen": ["A bear.", "Two."], "question_only": ["a  bear", "One."]}))
-        {'question_only': 0.5}
-    """
-    present = [kind for kind in kinds if kind in dataset.column_names]
-    if not present or "chosen" not in dataset.column_names:
-        raise ValueError(f"dataset needs 'chosen' and one of kinds = {list(kinds)}, got {dataset.column_names}")
-    chosen = [_normal(x) for x in dataset["chosen"]]
-    return {
-        kind: sum(a == _normal(b) for a, b in zip(chosen, dataset[kind], strict=True)) / max(len(chosen), 1)
-        for kind in present
-    }
 
 
 def _like(chosen: Any, answer: str) -> Any:
@@ -107,14 +91,7 @@ def _like(chosen: Any, answer: str) -> Any:
     return [{"role": "assistant", "content": [{"type": "text", "text": answer}] if parts else answer}]
 
 
-def _normal(answer: Any) -> str:
-    if not isinstance(answer, str):
-        contents = [m["content"] for m in answer]
-        answer = " ".join(c if isinstance(c, str) else " ".join(p.get("text") or "" for p in c) for c in contents)
-    return " ".join(answer.casefold().split()).rstrip(".!?")
-
-
-def _check(dataset: Any, model: Any, processor: Any, kinds: Sequence[str], image_removal: str, batch_size: int):
+def _check(dataset: Any, model: Any, processor: Any, kinds: Sequence[str], image_removal: str | None, batch_size: int):
     try:
         import PIL  # noqa: F401
         import transformers  # noqa: F401
@@ -131,7 +108,7 @@ def _check(dataset: Any, model: Any, processor: Any, kinds: Sequence[str], image
         raise TypeError(f"processor must hold a tokenizer and an image processor, got {type(processor).__name__}")
     if isinstance(kinds, str) or not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
         raise ValueError(f"kinds must be one or both of {KINDS}, got {kinds!r}")
-    if image_removal not in get_args(ImageRemoval):
+    if image_removal is not None and image_removal not in get_args(ImageRemoval):
         raise ValueError(f"image_removal must be one of {get_args(ImageRemoval)}, got {image_removal!r}")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")

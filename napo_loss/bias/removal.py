@@ -1,4 +1,4 @@
-"""What :mod:`napo_loss.bias` takes away: the information in an image, or the question in a prompt."""
+"""What :mod:`napo_loss.bias` takes away: the information in an image, the image itself, or the question."""
 
 from __future__ import annotations
 
@@ -38,17 +38,23 @@ def images_of(row: dict[str, Any], index: int) -> list[Any]:
     return [x if x.mode in ("RGB", "L") else x.convert("RGB") for x in images]
 
 
-def conversation(prompt: list[dict[str, Any]], n_images: int, replace: str | None) -> list[dict[str, Any]]:
-    """The conversation as lists of parts, with one placeholder per image, and with neutral user turns."""
+def conversation(
+    prompt: list[dict[str, Any]], n_images: int, instruction: str | None, *, question: bool = True, image: bool = True
+) -> list[dict[str, Any]]:
+    """The conversation as lists of parts, with one placeholder per image.
+
+    Without ``question`` every user turn holds the ``instruction``, or no text where that is ``None``; without
+    ``image`` no turn holds a placeholder.
+    """
     messages = []
     for message in prompt:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         # Arrow gives every part the keys of all parts, filled with None.
         parts = [{k: v for k, v in part.items() if v is not None} for part in parts]
-        if replace is not None and message["role"] == "user":
-            kept = [part for part in parts if part["type"] != "text"]
-            parts = [*kept, {"type": "text", "text": replace}]
+        if not question and message["role"] == "user":
+            parts = [part for part in parts if part["type"] != "text"]
+            parts += [] if instruction is None else [{"type": "text", "text": instruction}]
         messages.append({**message, "content": parts})
     found = sum(part["type"] == "image" for message in messages for part in message["content"])
     if found == 0:
@@ -58,15 +64,30 @@ def conversation(prompt: list[dict[str, Any]], n_images: int, replace: str | Non
         first["content"] = [{"type": "image"}] * n_images + first["content"]
     elif found != n_images:
         raise ValueError(f"a conversational prompt has {found} image parts for {n_images} images")
+    if not image:
+        messages = [{**m, "content": [part for part in m["content"] if part["type"] != "image"]} for m in messages]
     return messages
 
 
-def neutral_text(question: str, token: str, instruction: str) -> str:
+def neutral_text(question: str, token: str, instruction: str | None) -> str:
     """``instruction`` in place of the first text between the placeholders, and nothing in place of the others."""
-    pieces, written = re.split(f"({re.escape(token)})", question), False
+    pieces, written = re.split(f"({re.escape(token)})", question), instruction is None
     for k, piece in enumerate(pieces):
         if piece != token and piece.strip():
             before, after = piece[: len(piece) - len(piece.lstrip())], piece[len(piece.rstrip()) :]
-            pieces[k] = before + ("" if written else instruction) + after
+            pieces[k] = before + ("" if written else instruction or "") + after
             written = True
-    return "".join(pieces) + ("" if written else instruction)
+    return "".join(pieces) + ("" if written else instruction or "")
+
+
+def without_placeholders(prompt: str, token: str) -> str:
+    """A plain-text prompt without its image placeholders, the tokens that wrap them, and the white space after them.
+
+    Example:
+        >>> without_placeholders("USER: <image>\\nWhat is it? ASSISTANT:", "<image>")
+        'USER: What is it? ASSISTANT:'
+        >>> without_placeholders("<|vision_start|><|image_pad|><|vision_end|>What is it?", "<|image_pad|>")
+        'What is it?'
+    """
+    wrap = r"(?:<[^<>\s]*(?:vision|image|img)[^<>\s]*>)?"
+    return re.sub(rf"{wrap}{re.escape(token)}{wrap}\s*", "", prompt)

@@ -146,9 +146,9 @@ def _weights(layer: Any) -> tuple[Tensor | LowRank, Tensor | None]:
                 f"fused_head cannot drop inputs of LoRA on the head: set lora_dropout of adapter {name!r} to 0, or "
                 "leave the head out of target_modules"
             )
-    A = torch.cat([layer.lora_A[name].weight for name in active])
-    B = torch.cat([layer.scaling[name] * layer.lora_B[name].weight for name in active], dim=1)
-    return LowRank(base.weight, A, B), base.bias
+    lora_A = torch.cat([layer.lora_A[name].weight for name in active])  # [r, D]
+    lora_B = torch.cat([layer.scaling[name] * layer.lora_B[name].weight for name in active], dim=1)  # [V, r]
+    return LowRank(base.weight, lora_A, lora_B), base.bias
 
 
 def _logit_processing(model: Any) -> tuple[float | None, float | None]:

@@ -1,18 +1,18 @@
-"""The steps of both paths in plain tensor operations, for CPUs and every device without Triton.
+"""The plain-tensor twin of this room's kernels, for CPUs and every device without Triton.
 
-The same contract as the kernels: active rows only, a bounded number of them at a time, so that never more than
-``CHUNK_BYTES`` of upcast logits exist beside the caller's.
+Functions that stand in for a launcher have its name, its arguments and its contract: active rows only, a bounded number
+of them at a time, so that never more than ``CHUNK_BYTES`` of upcast logits exist beside the caller's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from napo_loss.backend import accumulation_dtype
-from napo_loss.logps.factored import Head
 from napo_loss.logps.gemm import blocks
 from napo_loss.logps.tokens import aligned_weights, targets
 
@@ -20,10 +20,22 @@ CHUNK_BYTES = 4 * 2**20
 """Upcast logits held at a time: a few rows of a large vocabulary, small enough to stay in a CPU's cache."""
 
 
+class _ActiveRows(NamedTuple):
+    """Positions that count: ``logits[n, t]`` predicts ``target``."""
+
+    n: Tensor  # [rows]
+    t: Tensor  # [rows]
+    target: Tensor  # [rows, 1], 0 where it is outside the vocabulary
+    inside: Tensor  # [rows, 1]
+
+
 def logps_forward(
-    logits: Tensor, labels: Tensor, token_weights: Tensor | None, shift: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """Returns ``sum [N]`` and ``length [N]``."""
+    logits: Tensor,  # [N, T, V]
+    labels: Tensor,  # [N, T]
+    shift: int,
+    ignore_index: int,
+) -> Tensor:
+    """Log-probs ``[N, T]`` of what each position predicts, 0 where masked."""
     dtype = accumulation_dtype(logits)
     check_range(labels, logits.shape[-1], ignore_index)
     logps = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
@@ -31,12 +43,27 @@ def logps_forward(
         # One vectorised pass on a CPU, where logsumexp takes three.
         log_p = logits[n, t].log_softmax(-1, dtype=dtype)
         logps[n, t] = log_p.gather(1, target).where(inside, torch.nan).squeeze(1)
-    weights = _aligned_weights(labels, token_weights, shift, ignore_index, dtype)
-    return (weights * logps).sum(1), weights.sum(1)
+    return logps
 
 
-def token_logps(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """``logp [A]`` (NaN where the label is outside) and ``lse [A]`` of active positions, whose labels are aligned."""
+def logps_reduce(
+    partials: Tensor,  # [N, T], what logps_forward left
+    labels: Tensor,  # [N, T]
+    token_weights: Tensor | None,  # [N, T]
+    shift: int,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``sum [N]``, ``length [N]`` and nothing for ``lse``: backward has its own softmax."""
+    weights = _aligned_weights(labels, token_weights, shift, ignore_index, partials.dtype)
+    return (weights * partials).sum(1), weights.sum(1), partials.new_empty(0)
+
+
+def token_logps(
+    logits: Tensor,  # [N, T, V]
+    targets: Tensor,  # [N, T]: labels, aligned with the positions that predict them
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """``logp [A]`` (NaN where the label is outside) and ``lse [A]`` of active positions."""
     dtype = accumulation_dtype(logits)
     logp, lse = [logits.new_empty(0, dtype=dtype)], [logits.new_empty(0, dtype=dtype)]
     for n, t, target, inside in _active_rows(logits, targets, 0, ignore_index):
@@ -47,19 +74,16 @@ def token_logps(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Ten
 
 
 def logps_backward(
-    grad_sum: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    token_weights: Tensor | None,
-    lse: Tensor,
-    grad: Tensor,
+    grad_sum: Tensor,  # [N]
+    logits: Tensor,  # [N, T, V]
+    labels: Tensor,  # [N, T]
+    token_weights: Tensor | None,  # [N, T]
+    lse: Tensor,  # [N, T] of a vocabulary of which these logits are a part; empty where they are all
+    dlogits: Tensor,  # [N, T, V]
     shift: int,
     ignore_index: int,
 ) -> None:
-    """Writes ``dlogits`` into ``grad`` (every element), which may be ``logits`` itself.
-
-    ``lse [N, T]`` is that of a vocabulary of which these logits are a part; empty where they are all.
-    """
+    """Writes ``dlogits`` (every element), which may be ``logits`` itself."""
     w = grad_sum[:, None] * _aligned_weights(labels, token_weights, shift, ignore_index, grad_sum.dtype)
     for n, t, target, inside in _active_rows(logits, labels, shift, ignore_index):
         row_w = w[n, t, None]
@@ -68,8 +92,8 @@ def logps_backward(
         else:
             row = logits[n, t].softmax(-1, dtype=w.dtype).mul_(-row_w)
         row.scatter_add_(1, target, row_w.where(inside, 0))
-        grad[n, t] = row.to(grad.dtype)
-    grad[~_active(labels, shift, ignore_index)] = 0
+        dlogits[n, t] = row.to(dlogits.dtype)
+    dlogits[~_active(labels, shift, ignore_index)] = 0
 
 
 def _active(labels: Tensor, shift: int, ignore_index: int) -> Tensor:
@@ -78,16 +102,19 @@ def _active(labels: Tensor, shift: int, ignore_index: int) -> Tensor:
 
 
 def _active_rows(
-    logits: Tensor, labels: Tensor, shift: int, ignore_index: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Chunks of active rows: their n and t, their label ``[rows, 1]`` (0 if outside), and whether it is inside."""
+    logits: Tensor,  # [N, T, V]
+    labels: Tensor,  # [N, T]
+    shift: int,
+    ignore_index: int,
+) -> Iterator[_ActiveRows]:
+    """In chunks."""
     V = logits.shape[-1]
     rows = _active(labels, shift, ignore_index).nonzero()
     for chunk in rows.split(max(1, CHUNK_BYTES // (V * accumulation_dtype(logits).itemsize))):
         n, t = chunk.unbind(1)
         target = labels[n, t + shift, None].long()
         inside = (target >= 0) & (target < V)
-        yield n, t, target.where(inside, 0), inside
+        yield _ActiveRows(n, t, target.where(inside, 0), inside)
 
 
 def _aligned_weights(
@@ -109,15 +136,24 @@ def check_range(labels: Tensor, V: int, ignore_index: int) -> None:
         )
 
 
-def linear_rows(x: Tensor, head: Head, targets: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Raw logits ``[rows, V]`` to ``logp`` and ``lse``. D goes to ``out``, which may be ``x``, and ``x`` is lost;
-    without ``out`` it stays as it is.
+def linear_rows(
+    logits: Tensor,  # [rows, V]
+    targets: Tensor,  # [rows]
+    dlogits: Tensor | None,  # [rows, V]
+    *,
+    bias: Tensor | None,  # [V]
+    logit_scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Raw logits to ``logp [rows]`` and ``lse [rows]``. Writes unit ``dlogits``, which may be ``logits``, and these are
+    lost; without ``dlogits`` they stay as they are.
     """
-    V = x.shape[1]
-    logp, lse = x.new_empty(len(x)), x.new_empty(len(x))
-    for part in blocks(len(x), CHUNK_BYTES // (V * x.element_size())):
-        z, target = x[part] if out is not None else x[part].clone(), targets[part, None].long()
-        slope = _shape_logits(z, head, slice(0, V))
+    rows, V = logits.shape
+    logp, lse = logits.new_empty(rows), logits.new_empty(rows)
+    for part in blocks(rows, CHUNK_BYTES // (V * logits.element_size())):
+        z = logits[part] if dlogits is not None else logits[part].clone()
+        slope = _shape_logits(z, bias, logit_scale, softcap)
+        target = targets[part, None].long()
         inside = (target >= 0) & (target < V)
         target = target.where(inside, 0)
         peak = z.amax(1, keepdim=True)
@@ -125,33 +161,51 @@ def linear_rows(x: Tensor, head: Head, targets: Tensor, out: Tensor | None) -> t
         total = z.exp_().sum(1, keepdim=True)
         lse[part] = (peak + total.log()).squeeze(1)
         logp[part] = (hit - total.log()).squeeze(1)
-        if out is not None:
+        if dlogits is not None:
             z.div_(-total).scatter_add_(1, target, inside.to(z.dtype))
-            out[part] = z if slope is None else z.mul_(slope)
+            dlogits[part] = z if slope is None else z.mul_(slope)
     return logp, lse
 
 
-def linear_block(x: Tensor, head: Head, columns: slice, targets: Tensor, lse: Tensor, w: Tensor, out: Tensor) -> None:
-    """Raw logits of some columns, overwritten, to ``w·D`` in ``out``, which may be ``x``."""
-    for part in blocks(len(x), CHUNK_BYTES // (x.shape[1] * x.element_size())):
-        z, target = x[part], targets[part, None].long() - columns.start
-        slope = _shape_logits(z, head, columns)
+def linear_block(
+    logits: Tensor,  # [rows, columns], those of the vocabulary from `first` on
+    targets: Tensor,  # [rows]
+    first: int,
+    lse: Tensor,  # [rows]
+    w: Tensor,  # [rows]
+    dlogits: Tensor,  # [rows, columns]
+    *,
+    bias: Tensor | None,  # [columns]
+    logit_scale: float,
+    softcap: float,
+) -> None:
+    """Raw logits, which are lost, to ``dlogits`` with the weight ``w``; may be written over the logits."""
+    rows, columns = logits.shape
+    for part in blocks(rows, CHUNK_BYTES // (columns * logits.element_size())):
+        z = logits[part]
+        slope = _shape_logits(z, bias, logit_scale, softcap)
+        target = targets[part, None].long() - first
+        inside = (target >= 0) & (target < columns)
         row_w = w[part, None]
         z.sub_(lse[part, None]).exp_().mul_(-row_w)
-        inside = (target >= 0) & (target < x.shape[1])
         z.scatter_add_(1, target.where(inside, 0), row_w.where(inside, 0))
-        out[part] = z if slope is None else z.mul_(slope)
+        dlogits[part] = z if slope is None else z.mul_(slope)
 
 
-def _shape_logits(x: Tensor, head: Head, columns: slice) -> Tensor | None:
-    """Bias, logit scale and softcap in place; returns ``dz/dx``, None where it is 1."""
-    if head.bias is not None:
-        x += head.bias[columns]
-    if head.scale != 1:
-        x *= head.scale
-    if not head.softcap:
-        return None if head.scale == 1 else x.new_full((), head.scale)
-    x.div_(head.softcap).tanh_()
-    slope = (1 - x * x).mul_(head.scale)
-    x *= head.softcap
+def _shape_logits(
+    x: Tensor,  # [rows, columns]
+    bias: Tensor | None,  # [columns]
+    logit_scale: float,
+    softcap: float,
+) -> Tensor | None:
+    """Raw logits x to logits z, in place; returns ``dz/dx``, None where it is 1."""
+    if bias is not None:
+        x += bias
+    if logit_scale != 1:
+        x *= logit_scale
+    if not softcap:
+        return None if logit_scale == 1 else x.new_full((), logit_scale)
+    x.div_(softcap).tanh_()
+    slope = (1 - x * x).mul_(logit_scale)
+    x *= softcap
     return slope

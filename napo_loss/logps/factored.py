@@ -1,214 +1,203 @@
 """Hidden states × lm_head to token log-probs, and its backward: which products, over which rows, in which order.
 
-For any loss of log-probs ``dlogits = w·(onehot − softmax)``, with one ``w`` per row that only the backward pass knows.
-So the forward pass goes through the active rows in chunks: logits, then ``D = onehot − softmax`` in their place, then
-the unscaled gradient ``U = D·W``. Backward only rescales: ``dX = w ⊙ U``. ``dW = Dᵀ(w ⊙ X)`` comes from ``D`` where it
-was kept, and otherwise from logits computed again, a block of the vocabulary at a time, so that each entry of ``dW`` is
-one float32 sum, rounded once.
+For any loss of log-probs ``dlogits = w·unit_dlogits``: ``unit_dlogits = onehot − softmax`` (times the slope of softcap
+and scale), and one weight ``w`` per row that only the backward pass knows. ``unit_`` marks what is known before it.
+So the forward pass goes through the active rows in chunks: logits, then ``unit_dlogits`` in their place, then
+``unit_dhidden = unit_dlogits·weight``. Backward only rescales: ``dhidden = w ⊙ unit_dhidden``. The other gradient,
+``dweight = dlogitsᵀ·hidden``, comes from ``unit_dlogits`` where they were kept, and otherwise from logits computed
+again, a block of the vocabulary at a time, so that each entry of it is one float32 sum, rounded once.
 
-The two steps that are not matrix products come as functions: Triton kernels or plain tensor operations.
+The two steps that are not matrix products come as :class:`Steps`: Triton kernels or plain tensor operations. Here ``h``
+are the hidden states of some rows, ``raw`` their logits as the products leave them.
 """
-# What `Needs` asks for is there, which pyright cannot follow:
-# pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportOptionalSubscript=false
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from napo_loss.backend import accumulation_dtype
-from napo_loss.logps.gemm import HALF, blocks, mm_float32, mm_into
-
-SCRATCH = {"cpu": 32 * 2**20, "gpu": 512 * 2**20}
-"""Bytes of logits worked on at a time, where the budget allows: enough rows to keep the matrix products efficient."""
-
-
-class Head(NamedTuple):
-    """``z = softcap·tanh(x/softcap)``, ``x = scale·(h·(weight + lora_scale·B·A)ᵀ + bias)``; softcap 0: ``z = x``."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    A: Tensor | None  # [r, D]
-    B: Tensor | None  # [V, r]
-    lora_scale: float
-    scale: float
-    softcap: float
+from napo_loss.logps.calls import LinearCall
+from napo_loss.logps.gemm import HALF, blocks, mm_float32, mm_into, padded
+from napo_loss.logps.memory import columns_at_a_time, rows_at_a_time, scratch_bytes
+from napo_loss.logps.records import Gradients, Head, Saved, Steps
 
 
-class Needs(NamedTuple):
-    """Whose gradient will be asked for."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-    lora: bool
-
-    @property
-    def columns(self) -> bool:
-        """Whether backward needs D itself, not only U."""
-        return self.weight or self.bias or self.lora
-
-    @property
-    def of_each(self) -> tuple[bool, ...]:
-        """For ``hidden, weight, bias, A, B``: both factors of LoRA go together."""
-        return *self, self.lora
-
-
-class Steps(NamedTuple):
-    rows: Callable[..., tuple[Tensor, Tensor]]
-    """``(logits, head, targets, out) -> logp, lse``; writes D of whole rows into ``out``, unless it is None: then the
-    logits stay as they are."""
-    block: Callable[..., None]
-    """``(logits, head, columns, targets, lse, w, out)``: writes ``w·D`` of some columns into ``out``."""
-    reduce: Callable[[Tensor], Tensor] = lambda x: x
-    """Adds what the other columns of a split vocabulary contribute, in place; here all columns are."""
-    width: int | None = None
-    """Columns by which rows are chunked, the same on every rank that exchanges something for each chunk; None: V."""
-
-
-class Saved(NamedTuple):
-    """What backward needs beside the arguments; empty tensors where it does not."""
-
-    rows: Tensor  # [A] indices into N·T
-    lse: Tensor  # [A]
-    U: Tensor  # [A, D] float32: D·(W + s·B·A)
-    DB: Tensor  # [A, r] float32: D·B
-    D: Tensor  # [A, V] in the dtype of the factors, if kept
-
-
-def forward(
-    hidden: Tensor, head: Head, targets: Tensor, ignore_index: int, budget: int, needs: Needs, steps: Steps
-) -> tuple[Tensor, Saved]:
+def forward(call: LinearCall, budget: int, steps: Steps) -> tuple[Tensor, Saved]:
     """``logp [N, T]``, 0 where masked. One host sync: the number of active rows."""
-    (V, width), dtype = head.weight.shape, hidden.dtype
-    rows = (targets.flatten() != ignore_index).nonzero().squeeze(1)
-    A, scratch = len(rows), _scratch(hidden, budget)
-    full = accumulation_dtype(hidden)
-    keep = needs.columns and A * V * dtype.itemsize + (scratch if dtype in HALF else 0) <= budget
-    needs_D = needs.hidden or needs.lora or keep
+    hidden, head, needs = call.hidden, call.head, call.needs
+    V, full = head.weight.shape[0], accumulation_dtype(hidden)
+    targets = call.targets.flatten()  # [N·T]
+    rows = (targets != call.ignore_index).nonzero().squeeze(1)  # [A]
+    A = len(rows)
+    scratch = min(budget, scratch_bytes(hidden.device))
+    keep = needs.dlogits and _kept_bytes(A, V, hidden.dtype, scratch) <= budget
 
-    def new(*shape, dtype=full):
-        return hidden.new_empty(shape, dtype=dtype)
-
-    logp, lse = new(A), new(A)
-    U, DB = new(A if needs.hidden else 0, width), new(A if needs.lora else 0, 0 if head.B is None else head.B.shape[1])
-    D = padded(hidden, A if keep else 0, V)
-    for chunk in blocks(A, scratch // ((steps.width or V) * _logit_bytes(hidden))):
-        X = _gather(hidden, rows[chunk])
-        x = _logits(X, _low_rank(X, head), head, slice(0, V), out=D[chunk] if keep and dtype == full else None)
-        # In full precision D replaces the logits; in half precision it is a matrix of its own.
-        d = None
-        if needs_D:
-            d = x if dtype == full else D[chunk] if keep else padded(hidden, len(X), V)
-        logp[chunk], lse[chunk] = steps.rows(x, head, targets.flatten()[rows[chunk]], d)
-        del x
-        if needs.lora:
-            mm_into(DB[chunk], d, head.B)
-        if needs.hidden:
-            mm_into(U[chunk], d, head.weight)
-            if head.A is not None:
-                db = DB[chunk] if needs.lora else mm_float32(d, head.B)
-                U[chunk].addmm_(db, head.A.to(full), alpha=head.lora_scale)
+    logp = hidden.new_empty(A, dtype=full)
+    saved = Saved.empty(rows, hidden, head, needs, kept=A if keep else 0)
+    for chunk in blocks(A, rows_at_a_time(hidden, steps.width(V), scratch)):
+        h = _gather(hidden, rows[chunk])
+        kept = saved.unit_dlogits[chunk] if keep else None
+        raw = _raw_logits(h, _times_lora_A(h, head), head, out=kept if hidden.dtype == full else None)
+        if not (keep or needs.hidden or needs.lora):
+            dlogits = None
+        elif hidden.dtype == full:
+            dlogits = raw  # they replace the logits
+        elif kept is not None:
+            dlogits = kept
+        else:
+            dlogits = padded(hidden, len(h), V)
+        logp[chunk], saved.lse[chunk] = steps.rows(raw, targets[rows[chunk]], head, dlogits)
+        del raw
+        if dlogits is not None:
+            _times_head(dlogits, call, saved, chunk)
     out = logp.new_zeros(targets.numel())
     out[rows] = logp
-    return out.view(targets.shape), Saved(rows, lse, U, DB, D)
+    return out.view(call.targets.shape), saved
 
 
 def backward(
-    grad: Tensor, hidden: Tensor, head: Head, targets: Tensor, saved: Saved, budget: int, needs: Needs, steps: Steps
-) -> tuple[Tensor | None, ...]:
-    """Gradients of ``hidden``, ``weight``, ``bias``, ``A`` and ``B`` from ``grad [N, T]``; None where not needed."""
-    rows, w = saved.rows, grad.flatten()[saved.rows].to(saved.lse.dtype)
-    grads: dict[str, Tensor | None] = dict.fromkeys(("hidden", "weight", "bias", "A", "B"))
+    grad: Tensor,  # [N, T]: of logp
+    call: LinearCall,
+    saved: Saved,
+    budget: int,
+    steps: Steps,
+) -> Gradients:
+    hidden, head, needs = call.hidden, call.head, call.needs
+    full = saved.lse.dtype
+    w = grad.flatten()[saved.rows].to(full)  # [A]
+    dhidden = None
     if needs.hidden:
-        grads["hidden"] = dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        dhidden.view(-1, hidden.shape[-1])[rows] = steps.reduce(w[:, None] * saved.U).to(hidden.dtype)
-    if not needs.columns:
-        return tuple(grads.values())
+        dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        active = steps.reduce(w[:, None] * saved.unit_dhidden)  # [A, D]
+        dhidden.view(-1, hidden.shape[-1])[saved.rows] = active.to(hidden.dtype)
+    if not needs.dlogits:
+        return Gradients(hidden=dhidden)
 
-    X = _gather(hidden, rows)
-    V, kept = head.weight.shape[0], saved.D.numel() > 0
-    target, XA = targets.flatten()[rows], _low_rank(X, head)
-    if needs.lora:
-        dA = steps.reduce(mm_float32((w[:, None] * saved.DB).t(), X.to(w.dtype)).mul_(head.lora_scale))
-        grads["A"] = dA.to(head.A.dtype)
-    for name, needed, like in (("weight", needs.weight, head.weight), ("bias", needs.bias, head.bias),
-                               ("B", needs.lora, head.B)):  # fmt: skip
-        if needed:
-            grads[name] = torch.empty_like(like, memory_format=torch.contiguous_format)
+    h = _gather(hidden, saved.rows)  # [A, D]
+    dlora_A = None
+    if needs.lora and head.lora_A is not None:
+        dlogits_lora_B = w[:, None] * saved.unit_dlogits_lora_B  # [A, r]
+        product = mm_float32(dlogits_lora_B.t(), h.to(full)).mul_(head.lora_scale)
+        dlora_A = steps.reduce(product).to(head.lora_A.dtype)
+    per_column = _backward_of_columns(h, w, call, saved, budget, steps)
+    return per_column._replace(hidden=dhidden, lora_A=dlora_A)
 
-    # w goes into the factor that is made anew: X where D was kept, D where it is recomputed.
-    factors = {"weight": X, "B": head.lora_scale * XA if XA is not None and needs.lora else None}
-    if kept:
-        factors = {name: None if x is None else w[:, None] * x for name, x in factors.items()}
-    factors = {name: None if x is None else x.to(X.dtype) for name, x in factors.items()}
-    for columns in blocks(V, _columns(X, V, kept, _scratch(hidden, budget))):
+
+def _backward_of_columns(
+    h: Tensor,  # [A, D]
+    w: Tensor,  # [A]
+    call: LinearCall,
+    saved: Saved,
+    budget: int,
+    steps: Steps,
+) -> Gradients:
+    """Of the tensors with a row for each column of the vocabulary: ``dlogitsᵀ`` times the other factor, in blocks."""
+    head, needs, V = call.head, call.needs, call.head.weight.shape[0]
+    targets = call.targets.flatten()[saved.rows]  # [A]
+    h_lora_A = _times_lora_A(h, head)
+    kept = saved.unit_dlogits.numel() > 0
+
+    def factor(x: Tensor) -> Tensor:
+        """What dlogitsᵀ is multiplied by. The weight w goes into what is made anew: x where dlogits were kept."""
+        return (w[:, None] * x if kept else x).to(h.dtype)
+
+    found = Gradients(
+        weight=_empty_like(head.weight) if needs.weight else None,
+        bias=_empty_like(head.bias) if needs.bias else None,
+        lora_B=_empty_like(head.lora_B) if needs.lora else None,
+    )
+    products = []  # (gradient [V, ·], factor [A, ·])
+    if found.weight is not None:
+        products.append((found.weight, factor(h)))
+    if found.lora_B is not None and h_lora_A is not None:
+        products.append((found.lora_B, factor(head.lora_scale * h_lora_A)))
+
+    scratch = min(budget, scratch_bytes(h.device))
+    for columns in blocks(V, columns_at_a_time(h, V, scratch, kept=kept)):
         if kept:
-            d = saved.D[:, columns]
+            dlogits = saved.unit_dlogits[:, columns]
         else:
-            x = _logits(X, XA, head, columns)
-            d = x if x.dtype == X.dtype else padded(X, *x.shape)
-            steps.block(x, head, columns, target, saved.lse, w, d)
-            del x
-        for name, factor in factors.items():
-            if (out := grads[name]) is not None:
-                mm_into(out[columns], d.t(), factor)
-        if (dbias := grads["bias"]) is not None:
-            dbias[columns] = _column_sums(d, w if kept else None)
-    return tuple(grads.values())
+            part = head.at(columns)
+            raw = _raw_logits(h, h_lora_A, part)
+            dlogits = raw if raw.dtype == h.dtype else padded(h, *raw.shape)
+            steps.block(raw, targets, part, columns.start, saved.lse, w, dlogits)
+            del raw
+        for gradient, beside in products:
+            mm_into(gradient[columns], dlogits.t(), beside)
+        if found.bias is not None:
+            found.bias[columns] = _column_sums(dlogits, w if kept else None)
+    return found
 
 
-def _low_rank(X: Tensor, head: Head) -> Tensor | None:
-    """``X·Aᵀ``, ``[rows, r]`` in full precision."""
-    return None if head.A is None else mm_float32(X, head.A.t())
+def _raw_logits(
+    h: Tensor,  # [rows, D]
+    h_lora_A: Tensor | None,  # [rows, r]
+    head: Head,  # of some columns
+    out: Tensor | None = None,  # [rows, columns]
+) -> Tensor:
+    """Products ``[rows, columns]`` in full precision; bias, scale and softcap belong to the steps."""
+    weight = head.weight.t()
+    raw = mm_float32(h, weight) if out is None else torch.mm(h, weight, out=out)
+    if h_lora_A is not None and head.lora_B is not None:
+        raw.addmm_(h_lora_A, head.lora_B.t().to(raw.dtype), alpha=head.lora_scale)
+    return raw
 
 
-def _logits(X: Tensor, XA: Tensor | None, head: Head, columns: slice, out: Tensor | None = None) -> Tensor:
-    """Raw products ``[rows, columns]`` in full precision; bias, scale and softcap belong to the steps."""
-    weight = head.weight[columns].t()
-    x = mm_float32(X, weight) if out is None else torch.mm(X, weight, out=out)
-    if XA is not None:
-        x.addmm_(XA, head.B[columns].t().to(x.dtype), alpha=head.lora_scale)
-    return x
+def _times_lora_A(
+    h: Tensor,  # [rows, D]
+    head: Head,
+) -> Tensor | None:
+    """``h·lora_Aᵀ [rows, r]`` in full precision."""
+    return None if head.lora_A is None else mm_float32(h, head.lora_A.t())
 
 
-def _gather(hidden: Tensor, rows: Tensor) -> Tensor:
+def _times_head(
+    dlogits: Tensor,  # [rows, V]
+    call: LinearCall,
+    saved: Saved,
+    chunk: slice,
+) -> None:
+    """Fills these rows of what is saved: ``dlogits·lora_B`` and ``dlogits·(weight + lora_scale·lora_B·lora_A)``."""
+    head, needs = call.head, call.needs
+    low_rank = None
+    if head.lora_B is not None:
+        if needs.lora:
+            low_rank = saved.unit_dlogits_lora_B[chunk]
+            mm_into(low_rank, dlogits, head.lora_B)
+        elif needs.hidden:
+            low_rank = mm_float32(dlogits, head.lora_B)
+    if needs.hidden:
+        dhidden = saved.unit_dhidden[chunk]
+        mm_into(dhidden, dlogits, head.weight)
+        if low_rank is not None and head.lora_A is not None:
+            dhidden.addmm_(low_rank, head.lora_A.to(dhidden.dtype), alpha=head.lora_scale)
+
+
+def _gather(
+    hidden: Tensor,  # [N, T, D]
+    rows: Tensor,  # [rows] indices into N·T
+) -> Tensor:
     T = hidden.shape[1]
     return hidden[rows // T, rows % T]
 
 
-def padded(like: Tensor, rows: int, V: int) -> Tensor:
-    """``[rows, V]`` with rows on aligned addresses, which matrix products and wide stores ask for."""
-    return like.new_empty((rows, -(-V // 16) * 16))[:, :V]
-
-
-def _column_sums(d: Tensor, w: Tensor | None) -> Tensor:
-    """``Σ_rows w·d`` in full precision; ``w`` is already in ``d`` where None."""
-    total = torch.zeros(d.shape[1], dtype=accumulation_dtype(d), device=d.device)
-    for rows in blocks(len(d), 64):  # of which there is a copy in full precision
-        part = d[rows].to(total.dtype)
+def _column_sums(
+    dlogits: Tensor,  # [A, columns]
+    w: Tensor | None,  # [A]; None where dlogits contain it
+) -> Tensor:
+    """``Σ_rows w·dlogits`` in full precision."""
+    total = torch.zeros(dlogits.shape[1], dtype=accumulation_dtype(dlogits), device=dlogits.device)
+    for rows in blocks(len(dlogits), 64):  # of which there is a copy in full precision
+        part = dlogits[rows].to(total.dtype)
         total += part.sum(0) if w is None else w[rows] @ part
     return total
 
 
-def _columns(X: Tensor, V: int, kept: bool, scratch: int) -> int:
-    """Columns of the vocabulary at a time: what is as large as they are wide must fit the scratch memory."""
-    if kept:  # float32 results before they are rounded
-        return V if X.dtype not in HALF else scratch // (4 * X.shape[1])
-    return max(64, scratch // max(1, len(X) * _logit_bytes(X)))
+def _kept_bytes(A: int, V: int, dtype: torch.dtype, scratch: int) -> int:
+    """What keeping all dlogits takes; in half precision they do not replace the logits worked on."""
+    return A * V * dtype.itemsize + (scratch if dtype in HALF else 0)
 
 
-def _logit_bytes(X: Tensor) -> int:
-    """Of one logit while it is worked on: in full precision, and D beside it in half precision."""
-    return accumulation_dtype(X).itemsize + X.element_size() * (X.dtype in HALF)
-
-
-def scratch_bytes(device: torch.device) -> int:
-    return SCRATCH["cpu" if device.type == "cpu" else "gpu"]
-
-
-def _scratch(hidden: Tensor, budget: int) -> int:
-    return min(budget, scratch_bytes(hidden.device))
+def _empty_like(x: Tensor | None) -> Tensor | None:
+    return None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)

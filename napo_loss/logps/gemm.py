@@ -16,8 +16,11 @@ UPCAST_BYTES = 16 * 2**20
 """Float32 copies of half-precision factors held at a time, where no product of the two keeps float32."""
 
 
-def mm_float32(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in float32 for half-precision factors, else in their own dtype."""
+def mm_float32(
+    a: Tensor,  # [m, k]
+    b: Tensor,  # [k, n]
+) -> Tensor:
+    """``a @ b [m, n]`` in float32 for half-precision factors, else in their own dtype."""
     if a.dtype not in HALF:
         return torch.mm(a, b)
     if _has_out_dtype(a.device.type, a.dtype):
@@ -34,7 +37,11 @@ def mm_float32(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+def mm_into(
+    out: Tensor,  # [m, n]
+    a: Tensor,  # [m, k]
+    b: Tensor,  # [k, n]
+) -> None:
     """``out = a @ b``, rounded once to the dtype of ``out``."""
     if a.dtype == out.dtype and a.dtype not in HALF:
         torch.mm(a, b, out=out)
@@ -46,6 +53,11 @@ def blocks(size: int, width: int) -> list[slice]:
     """Slices of at most ``width`` (at least 1) that cover ``range(size)``."""
     width = max(1, width)
     return [slice(start, min(start + width, size)) for start in range(0, size, width)]
+
+
+def padded(like: Tensor, rows: int | torch.SymInt, V: int) -> Tensor:
+    """``[rows, V]`` with rows on aligned addresses, which matrix products and wide stores ask for."""
+    return like.new_empty((rows, -(-V // 16) * 16))[:, :V]
 
 
 @lru_cache

@@ -17,6 +17,8 @@ from napo_loss.checks import (
     check_positive,
 )
 from napo_loss.logps import linear_ops
+from napo_loss.logps.calls import LinearCall
+from napo_loss.logps.records import Head
 from napo_loss.logps.tokens import Packing, per_sequence, targets
 from napo_loss.parallel.shards import local_head
 from napo_loss.types import LowRank, SequenceLogps, VocabShard
@@ -87,12 +89,11 @@ def linear_sequence_logps(
         The factored gradient is the softmax cross-entropy's; the order of work is this library's, see DESIGN.md. What
         it costs: docs/logps.md.
     """
-    hidden, head, bias, columns = local_head(hidden, weight, bias)
-    A, B, lora_scale = head[1:] if isinstance(head, LowRank) else (None, None, 1.0)
-    weight = head.weight if isinstance(head, LowRank) else head
+    hidden, weight, bias, columns = local_head(hidden, weight, bias)
+    head = Head.of(weight, bias, logit_scale=logit_scale, softcap=softcap)
     packed = cu_seqlens is not None
     check_positions("hidden", hidden, "D", packed)
-    check_head(hidden, weight, bias, None if A is None or B is None else (A, B), shard=columns is not None)
+    check_head(hidden, head.weight, bias, head.lora_A, head.lora_B, shard=columns is not None)
     check_labels(labels, hidden, "hidden")
     if packed:
         check_cu_seqlens(cu_seqlens, labels)
@@ -104,20 +105,14 @@ def linear_sequence_logps(
     check_backend(backend)
 
     if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if A is not None and B is not None:
-        A, B = A.to(hidden.dtype), B.to(hidden.dtype)  # PEFT keeps adapters in float32 beside a bfloat16 model
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    head = head.to(hidden.dtype)  # PEFT, too, keeps adapters in float32 beside a bfloat16 model
     packing = Packing(cu_seqlens, labels.shape[0]) if cu_seqlens is not None else None
     target = targets(labels, shift, ignore_index, packing)
-    grad = torch.is_grad_enabled()
-    needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    needs += [grad and any(x is not None and x.requires_grad for x in (A, B))]
-    *numbers, group = columns or ("",)
-    logps = linear_ops.linear_logps(
-        hidden[None] if packed else hidden, weight, bias, A, B, target[None] if packed else target,
-        [lora_scale, logit_scale or 1.0, softcap or 0.0], ignore_index,
-        int(logits_budget or 0), needs, backend, numbers, group,
-    )[0]  # fmt: skip
+    call = LinearCall.of(
+        hidden[None] if packed else hidden, head, target[None] if packed else target, columns=columns,
+        ignore_index=ignore_index, budget=int(logits_budget or 0), backend=backend,
+    )  # fmt: skip
+    logps, *_ = linear_ops.linear_logps(**call.to_schema())
     logps = logps[0] if packed else logps
     return per_sequence(logps, target != ignore_index, token_weights, shift, packing)

@@ -16,6 +16,7 @@ from napo_loss.checks import (
     check_writable,
 )
 from napo_loss.logps import ops, sharded
+from napo_loss.logps.calls import LogitsCall, ShardedCall
 from napo_loss.logps.tokens import Packing, per_sequence, targets
 from napo_loss.parallel.shards import local_logits
 from napo_loss.types import SequenceLogps, VocabShard
@@ -96,15 +97,17 @@ def sequence_logps(
     check_backend(backend)
     inplace = inplace_backward and not torch.compiler.is_compiling()
     if not packed and columns is None:
-        sums, lengths, _ = ops.sequence_logps(logits, labels, token_weights, int(shift), ignore_index, inplace, backend)
+        call = LogitsCall(logits, labels, token_weights, int(shift), ignore_index, inplace, backend)
+        sums, lengths, _ = ops.sequence_logps(**call.to_schema())
         return SequenceLogps(sums, lengths.detach())
     packing = Packing(cu_seqlens, labels.shape[0]) if cu_seqlens is not None else None
     target = targets(labels, shift, ignore_index, packing)
     # Each packed position is a sequence of its own to the kernels; adding up `total` floats is cheap.
-    x, y = (logits[:, None], target[:, None]) if packed else (logits, target)
+    x, y = (logits[:, None], target[:, None]) if packed else (logits, target)  # [total, 1, V] and [total, 1]
     if columns is None:
-        logps = ops.sequence_logps(x, y, None, 0, ignore_index, inplace, backend)[0]
+        call = LogitsCall.of_targets(x, y, ignore_index=ignore_index, inplace_backward=inplace, backend=backend)
+        logps, _, _ = ops.sequence_logps(**call.to_schema())
     else:
-        *numbers, group = columns
-        logps = sharded.sharded_logps(x, y, ignore_index, inplace, numbers, group, backend)[0]
+        call = ShardedCall(x, y, columns, ignore_index, inplace, backend)
+        logps, _, _ = sharded.sharded_logps(**call.to_schema())
     return per_sequence(logps.view(target.shape), target != ignore_index, token_weights, shift, packing)

@@ -2,106 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from napo_loss.backend import accumulation_dtype, uses_triton
 from napo_loss.logps import eager
-from napo_loss.logps.factored import Head, Steps
-from napo_loss.logps.ops import sequence_logps_backward, sequence_logps_backward_
+from napo_loss.logps.calls import LogitsCall, ShardedCall
+from napo_loss.logps.ops import logits_gradient
+from napo_loss.logps.records import Head, Steps
 from napo_loss.parallel.columns import Columns, merge
 from napo_loss.parallel.reductions import all_reduce
 
 MASKED = -1
-"""The local label of a position that does not count: unlike -100, no shift of a label by its shard's start gives it."""
+"""The local target of a masked position: unlike -100, no shift of a label by its shard's start gives it."""
+FORWARD = ShardedCall.signature("(Tensor, Tensor, Tensor)")
 
 
-@torch.library.custom_op("napo_loss::sharded_logps", mutates_args=())
-def sharded_logps(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    inplace_backward: bool,
-    columns: Sequence[int],
-    group: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``logp [N, T]``, 0 where masked, and for backward ``lse [N, T]`` and the labels ``[N, T]`` among these columns.
+@torch.library.custom_op("napo_loss::sharded_logps", mutates_args=(), schema=FORWARD)
+def sharded_logps(*values) -> tuple[Tensor, Tensor, Tensor]:
+    """``logp [N, T]``, 0 where masked, and for backward ``lse [N, T]`` and the targets ``[N, T]`` among these columns.
 
-    ``columns`` and ``group``: :class:`napo_loss.vocabulary.Columns`. One host sync, the number of active positions.
+    One host sync, the number of active positions.
     """
-    here, triton = Columns.of(columns, group), uses_triton(backend, logits)
+    call = ShardedCall.from_schema(*values)
+    logits, targets, columns = call.logits, call.targets, call.columns
+    triton = uses_triton(call.backend, logits)
     if not triton:
-        eager.check_range(targets, here.V, ignore_index)
-    active, local = targets != ignore_index, targets - here.start
-    inside = active & (local >= 0) & (local < here.count)
+        eager.check_range(targets, columns.V, call.ignore_index)
+    active, local = targets != call.ignore_index, targets - columns.start
+    inside = active & (local >= 0) & (local < columns.count)
     local = local.where(inside, logits.shape[-1]).where(active, MASKED)  # elsewhere: a column that there is not
-    rows = active.flatten().nonzero().squeeze(1)
+    rows = active.flatten().nonzero().squeeze(1)  # [A]
     if triton:
         from napo_loss.kernels.logps_forward import logps_forward
 
-        peak, total, hit = logps_forward(logits, local, 0, MASKED)
-        lse = (peak[:, rows] + total[:, rows].log()).logsumexp(0)
-        logp = hit[rows] - lse
+        partials = logps_forward(logits, local, 0, MASKED)
+        lse = (partials.peak[:, rows] + partials.total[:, rows].log()).logsumexp(0)
+        logp = partials.target[rows] - lse
     else:
         logp, lse = eager.token_logps(logits, local, MASKED)
-    logp, lse = merge(logp, lse, inside.flatten()[rows], here)
+    logp, lse = merge(logp, lse, inside.flatten()[rows], columns)
     known = targets.flatten()[rows]
-    logp = logp.where((known >= 0) & (known < here.V), torch.nan)
+    logp = logp.where((known >= 0) & (known < columns.V), torch.nan)
     return _spread(logp, rows, targets), _spread(lse, rows, targets), local
 
 
-def _spread(x: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+def _spread(
+    x: Tensor,  # [A]
+    rows: Tensor,  # [A]
+    like: Tensor,  # [N, T]
+) -> Tensor:
     return x.new_zeros(like.numel()).index_copy_(0, rows, x).view(like.shape)
 
 
 @sharded_logps.register_fake
-def _(logits, targets, ignore_index, inplace_backward, columns, group, backend):
-    new = logits.new_empty(targets.shape, dtype=accumulation_dtype(logits))
-    return new, torch.empty_like(new), targets.new_empty(targets.shape)
+def _(*values):
+    call = ShardedCall.from_schema(*values)
+    logp = call.logits.new_empty(call.targets.shape, dtype=accumulation_dtype(call.logits))
+    return logp, torch.empty_like(logp), call.targets.new_empty(call.targets.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, _, _, ctx.inplace, _, _, ctx.backend = inputs
-    ctx.save_for_backward(logits, *output[1:])
-    ctx.set_materialize_grads(False)
+    _, lse, local_targets = output
+    ShardedCall.save(ctx, inputs, lse=lse, local_targets=local_targets)
 
 
-def _backward(ctx, grad, *_):
-    logits, lse, local = ctx.saved_tensors
+def _backward(ctx, grad, grad_lse, grad_targets):
     if grad is None:
-        return (None,) * 7
+        return ShardedCall.gradients()
+    call, outputs = ShardedCall.restore(ctx)
     # The logsumexp is that of all columns, so these columns need nobody; each position has a weight of its own.
-    args = (grad.new_ones(len(grad)), logits, local, grad, lse, 0, MASKED, ctx.backend)
-    if ctx.inplace:
-        sequence_logps_backward_(*args)
-        return logits.detach(), *(None,) * 6
-    return sequence_logps_backward(*args), *(None,) * 6
+    here = LogitsCall.of_targets(
+        call.logits, outputs["local_targets"], token_weights=grad, ignore_index=MASKED,
+        inplace_backward=call.inplace_backward, backend=call.backend,
+    )  # fmt: skip
+    return ShardedCall.gradients(logits=logits_gradient(grad.new_ones(len(grad)), outputs["lse"], here))
 
 
 sharded_logps.register_autograd(_backward, setup_context=_setup_context)
 
 
-def sharded(steps: Steps, columns: Columns) -> Steps:
-    """``steps`` for this rank's columns: D once the logsumexp of all columns is known."""
+@dataclass
+class ShardedSteps(Steps):
+    """For this rank's columns: dlogits once the logsumexp of all columns is known."""
 
-    def rows(x: Tensor, head: Head, targets: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-        target = targets - columns.start
-        inside = (target >= 0) & (target < columns.count)
+    columns: Columns
+
+    def rows(
+        self,
+        logits: Tensor,  # [rows, columns]
+        targets: Tensor,  # [rows], among the whole vocabulary
+        head: Head,
+        dlogits: Tensor | None = None,  # [rows, columns]
+    ) -> tuple[Tensor, Tensor]:
+        columns, local = self.columns, targets - self.columns.start
+        inside = (local >= 0) & (local < columns.count)
         if columns.count:
-            logp, lse = steps.rows(x, head, target, None)
+            logp, lse = super().rows(logits, local, head)
         else:
-            logp, lse = x.new_zeros(len(x)), x.new_full((len(x),), -torch.inf)
+            logp, lse = logits.new_zeros(len(logits)), logits.new_full((len(logits),), -torch.inf)
         logp, lse = merge(logp, lse, inside, columns)
-        if out is not None:
-            block(x, head, slice(0, columns.count), targets, lse, torch.ones_like(lse), out)
+        if dlogits is not None:
+            self.block(logits, targets, head, 0, lse, torch.ones_like(lse), dlogits)
         return logp.where((targets >= 0) & (targets < columns.V), torch.nan), lse
 
-    def block(x: Tensor, head: Head, at: slice, targets: Tensor, lse: Tensor, w: Tensor, out: Tensor) -> None:
-        if columns.count:
-            steps.block(x, head, at, targets - columns.start, lse, w, out)
+    def block(
+        self,
+        logits: Tensor,  # [rows, columns], those of this rank from `first` on
+        targets: Tensor,  # [rows], among the whole vocabulary
+        head: Head,
+        first: int,
+        lse: Tensor,  # [rows]
+        w: Tensor,  # [rows]
+        dlogits: Tensor,  # [rows, columns]
+    ) -> None:
+        if self.columns.count:
+            super().block(logits, targets - self.columns.start, head, first, lse, w, dlogits)
 
-    return Steps(rows, block, partial(all_reduce, process_group=columns.process_group), columns.width)
+    def reduce(self, x: Tensor) -> Tensor:
+        return all_reduce(x, self.columns.process_group)
+
+    def width(self, V: int) -> int:
+        return self.columns.width

@@ -3,13 +3,13 @@
 Every rank holds some columns of the logits (rows of the lm_head), and the same positions and labels. Three floats of
 each active position go around: the logsumexp of a rank's columns, for the largest of them; then what its exponential
 adds to the sum, and the label's logit, which one rank has. Backward is local, but for the gradient of what every rank
-holds whole (hidden states, LoRA's A): a sum over ranks.
+holds whole (hidden states, lora_A): a sum over ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,18 +20,28 @@ PRIME = 16381
 """The squares of shards' bounds are added up modulo this: sums over 1024 ranks are whole numbers in float32."""
 
 
+ALL_COLUMNS: dict[str, Any] = {"columns": [], "group_name": ""}
+"""In an operator's schema, the columns of a vocabulary that is not split."""
+
+
 class Columns(NamedTuple):
     """The columns of the vocabulary on this rank, in numbers and a name that an operator's schema can hold."""
+
+    SCHEMA = {"columns": "SymInt[]", "group_name": "str"}  # noqa: RUF012, a NamedTuple cannot say ClassVar
 
     start: int
     count: int
     V: int
     width: int  # of a rank, about, and the same number on all of them: by it rows are chunked, and so exchanged
-    group: str
+    group_name: str  # of the process group whose ranks hold the rest
+
+    def to_schema(self) -> dict[str, Any]:
+        return {"columns": [self.start, self.count, self.V, self.width], "group_name": self.group_name}
 
     @classmethod
-    def of(cls, numbers: Sequence[int], group: str) -> Columns:
-        return cls(numbers[0], numbers[1], numbers[2], numbers[3], group)
+    def from_schema(cls, columns: Sequence[int], group_name: str) -> Columns:
+        start, count, V, width = columns
+        return cls(start, count, V, width, group_name)
 
     @property
     def checks(self) -> list[float]:
@@ -40,19 +50,24 @@ class Columns(NamedTuple):
 
     @property
     def process_group(self):
-        return torch.distributed.distributed_c10d._resolve_process_group(self.group)  # pyright: ignore
+        return torch.distributed.distributed_c10d._resolve_process_group(self.group_name)  # pyright: ignore
 
 
-def merge(logp: Tensor, lse: Tensor, inside: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+def merge(
+    logp: Tensor,  # [A]
+    lse: Tensor,  # [A]
+    inside: Tensor,  # [A]: whether the label is one of these columns
+    columns: Columns,
+) -> tuple[Tensor, Tensor]:
     """``logp [A]`` and ``lse [A]`` of the whole vocabulary, from those of this rank's columns.
 
-    ``inside``: whether the label is one of them. Columns that together are not the vocabulary, each once, give NaN.
+    Columns that together are not the vocabulary, each once, give NaN.
     """
-    A, group = len(lse), columns.process_group
-    peak = all_reduce(lse.clone(), group, largest=True)
+    A, process_group = len(lse), columns.process_group
+    peak = all_reduce(lse.clone(), process_group, largest=True)
     here = lse - peak
     hit = (logp + here).where(lse > -torch.inf, -torch.inf)  # of columns that are all -inf, logp is NaN
     sums = torch.cat([here.exp(), hit.where(inside, 0), lse.new_tensor(columns.checks)])
-    total, hit, (count, squares) = all_reduce(sums, group).split([A, A, 2])
+    total, hit, (count, squares) = all_reduce(sums, process_group).split([A, A, 2])
     whole = (count == columns.V) & (squares % PRIME == columns.V**2 % PRIME)
     return (hit - total.log()).where(whole, torch.nan), peak + total.log()

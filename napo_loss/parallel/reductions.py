@@ -1,6 +1,6 @@
 """Reductions over ``torch.distributed``: of means over data-parallel ranks, of sums over parts of a sequence.
 
-Nothing here runs unless a process group is given. What a split vocabulary exchanges is in ``vocabulary``.
+Nothing here runs unless a process group is given. What a split vocabulary exchanges is in ``columns``.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, process_group) -> Tensor:
-        ctx.group = process_group
+        ctx.process_group = process_group
         return all_reduce(x.clone(memory_format=torch.contiguous_format), process_group)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _AllReduce.apply(grad, ctx.group), None
+        return _AllReduce.apply(grad, ctx.process_group), None
 
 
 def all_reduce(x: Tensor, process_group, *, largest: bool = False) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,15 @@ from torch import Tensor
 from napo_loss.checks import SHARDED, check_group, is_dtensor
 from napo_loss.parallel.columns import Columns
 from napo_loss.types import LowRank, VocabShard
+
+
+class LocalHead(NamedTuple):
+    """Hidden states, which every rank holds whole, and the rows of the lm_head and its bias that are here."""
+
+    hidden: Tensor  # [N, T, D]
+    weight: Tensor | LowRank  # [columns, D]
+    bias: Tensor | None  # [columns]
+    columns: Columns | None  # None: all of the vocabulary is here
 
 
 def local_logits(logits: Any) -> tuple[Tensor, Columns | None]:
@@ -27,35 +36,32 @@ def local_logits(logits: Any) -> tuple[Tensor, Columns | None]:
     return local, columns
 
 
-def local_head(
-    hidden: Tensor, weight: Tensor | LowRank | VocabShard, bias: Tensor | None
-) -> tuple[Tensor, Tensor | LowRank, Tensor | None, Columns | None]:
-    """Hidden states, which every rank holds whole, and the rows of the lm_head and its bias that are here."""
+def local_head(hidden: Tensor, weight: Tensor | LowRank | VocabShard, bias: Tensor | None) -> LocalHead:
     if isinstance(weight, VocabShard):
         rows, head = len(_check_shard("weight", weight)), weight.local
         count, columns = _columns(weight, rows)
-        for name, x in (("bias", bias), ("B", head.B if isinstance(head, LowRank) else None)):
+        for name, x in (("bias", bias), ("lora_B", head.lora_B if isinstance(head, LowRank) else None)):
             if x is not None and len(x) != rows:
                 raise ValueError(f"{name} must have the {rows} rows of weight.local, those of this rank, got {len(x)}")
         if isinstance(head, LowRank):
-            head = head._replace(weight=_first(head.weight, 0, count), B=_first(head.B, 0, count))
+            head = head._replace(weight=_first(head.weight, 0, count), lora_B=_first(head.lora_B, 0, count))
         else:
             head = _first(head, 0, count)
-        return hidden, head, None if bias is None else _first(bias, 0, count), columns
+        return LocalHead(hidden, head, None if bias is None else _first(bias, 0, count), columns)
     whole = weight.weight if isinstance(weight, LowRank) else weight
     if not is_dtensor(whole):
         if is_dtensor(hidden):
             raise TypeError("hidden is a DTensor and weight is not: give both on one mesh, or hidden.to_local()")
-        return hidden, weight, bias, None
+        return LocalHead(hidden, weight, bias, columns=None)
     if not is_dtensor(hidden):
         # A head that FSDP2 split looks the same, but there each rank has positions of its own.
         raise TypeError(SHARDED.format(name="weight", what="a DTensor and hidden is not"))
     head, columns = _from_dtensor("weight", whole, 0)
     if isinstance(weight, LowRank):
-        A = _replicated("A", weight.A, whole) if is_dtensor(weight.A) else weight.A
-        head = LowRank(head, A, _same_shard("B", weight.B, whole), weight.scale)
+        lora_A = _replicated("lora_A", weight.lora_A, whole) if is_dtensor(weight.lora_A) else weight.lora_A
+        head = LowRank(head, lora_A, _same_shard("lora_B", weight.lora_B, whole), weight.scale)
     bias = None if bias is None else _same_shard("bias", bias, whole)
-    return _replicated("hidden", hidden, whole), head, bias, columns
+    return LocalHead(_replicated("hidden", hidden, whole), head, bias, columns)
 
 
 def _check_shard(name: str, shard: VocabShard) -> Tensor:
@@ -74,11 +80,14 @@ def _check_shard(name: str, shard: VocabShard) -> Tensor:
 
 def _columns(shard: VocabShard, size: int) -> tuple[int, Columns | None]:
     """How many of the ``size`` local columns are no padding, and which they are."""
-    group, V = shard.process_group, shard.V
-    rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
+    process_group, V = shard.process_group, shard.V
+    rank = 0 if process_group is None else process_group.rank()
     start = rank * size if shard.start is None else shard.start
     count = max(0, min(size, V - start))
-    return count, None if group is None else Columns(start, count, V, -(-V // ranks), group.group_name)
+    if process_group is None:
+        return count, None
+    width = -(-V // process_group.size())
+    return count, Columns(start, count, V, width, process_group.group_name)
 
 
 def _first(x: Tensor, dim: int, count: int) -> Tensor:

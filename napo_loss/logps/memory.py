@@ -1,0 +1,59 @@
+"""How much memory the path from hidden states may use, and what is worked on at a time."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from napo_loss.backend import accumulation_dtype
+from napo_loss.logps.gemm import HALF
+
+SCRATCH = {"cpu": 32 * 2**20, "gpu": 512 * 2**20}
+"""Bytes of logits worked on at a time, where the budget allows: enough rows to keep the matrix products efficient."""
+
+
+def default_budget(device: torch.device, *, shared: bool) -> int:
+    """A quarter of a GPU's free memory (what PyTorch holds unused is free), an eighth of a CPU's.
+
+    ``shared`` with ranks that must form the same chunks: enough for a full scratch, whatever is free here.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        found = (torch.cuda.mem_get_info(device)[0] + unused) // 4
+    else:
+        try:
+            found = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+        except (ValueError, OSError, AttributeError):  # not every system says
+            found = 2**30
+    return max(found, scratch_bytes(device)) if shared else found
+
+
+def scratch_bytes(device: torch.device) -> int:
+    return SCRATCH["cpu" if device.type == "cpu" else "gpu"]
+
+
+def logit_bytes(hidden: Tensor) -> int:
+    """Of one logit while it is worked on: in full precision, and its dlogits beside it in half precision."""
+    beside = hidden.element_size() if hidden.dtype in HALF else 0
+    return accumulation_dtype(hidden).itemsize + beside
+
+
+def rows_at_a_time(hidden: Tensor, width: int, scratch: int) -> int:
+    """Rows of ``width`` logits that fit the scratch memory."""
+    return scratch // (width * logit_bytes(hidden))
+
+
+def columns_at_a_time(
+    h: Tensor,  # [A, D]
+    V: int,
+    scratch: int,
+    *,
+    kept: bool,
+) -> int:
+    """Columns of the vocabulary: what is as large as they are wide must fit the scratch memory."""
+    A, D = h.shape
+    if not kept:
+        return max(64, scratch // max(1, A * logit_bytes(h)))
+    return scratch // (4 * D) if h.dtype in HALF else V  # float32 results before they are rounded
