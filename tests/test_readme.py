@@ -136,6 +136,49 @@ def test_the_subclass_for_trl_computes_the_loss_of_ours(tmp_path):
     torch.testing.assert_close(losses[0], losses[1])
 
 
+def test_the_published_run_has_the_settings_of_its_table(tmp_path, monkeypatch):
+    from trl import DPOConfig
+
+    monkeypatch.chdir(tmp_path)
+    page = read("docs/reproduce.md")
+    config = run(blocks(page)[0])["config"]
+    theirs = DPOConfig("out", use_cpu=True)
+    for row in table(page, "setting")[1:]:
+        name = row[0].strip("`")
+        values = [getattr(getattr(c, name), "value", getattr(c, name)) for c in (config, theirs)]
+        assert [row[1], row[3].partition(";")[0]] == [str(value) for value in values], name
+    assert config.get_warmup_steps(1000) == 100
+    assert (-(-83_132 // 32)) * config.num_train_epochs == 10_392  # what the page says of the batch
+
+
+def test_the_published_run_takes_a_step_on_a_toy(tmp_path, monkeypatch):
+    import tiny
+    from datasets import Dataset
+
+    from napo_loss import RELEASED
+    from napo_loss.trl import NaPOTrainer
+
+    monkeypatch.chdir(tmp_path)
+    config = run(blocks(read("docs/reproduce.md"))[0])["config"]
+    config.max_steps, config.save_strategy, config.learning_rate = 2, "no", 1e-2
+    model = tiny.llava()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    reference = copy.deepcopy(model)
+    (frozen,) = re.findall(r"^model\.model\.(\w+)\.requires_grad_\(False\)", read("docs/reproduce.md"), re.MULTILINE)
+    getattr(model.model, frozen).requires_grad_(False)
+    (columns,) = re.findall(r"^columns = (\[.*\])$", read("docs/reproduce.md"), re.MULTILINE)
+    rows = [{**row, "image": row["images"][0]} for row in tiny.vision_pairs(8)]
+    dataset = Dataset.from_list(rows).select_columns(json.loads(columns))
+    trainer = NaPOTrainer(model, reference, config, train_dataset=dataset, processing_class=tiny.processor())
+    trainer.train()
+    assert dict(trainer.recipe.named) == dict(RELEASED.named)
+    assert trainer.recipe.weights == "dynamic"
+    for name, p in trainer.model.named_parameters():
+        if frozen in name:
+            assert torch.equal(p, before[name]), name
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
 def anchors(text: str) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
