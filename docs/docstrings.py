@@ -18,8 +18,13 @@ RETURNS = re.compile(r"^( *(?:Returns|Yields):\n.*?): ", re.MULTILINE)
 ROOMS = {
     "napo_loss.trl": ("NaPOConfig", "NaPOTrainer"),
     "napo_loss.bias": (
-        "BiasSettings", "add_biased_negatives", "natural_noise", "read_released", "token_f1", "write_released",
-    ),  # fmt: skip
+        "BiasSettings",
+        "add_biased_negatives",
+        "natural_noise",
+        "read_released",
+        "token_f1",
+        "write_released",
+    ),
 }
 
 
