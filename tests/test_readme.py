@@ -282,3 +282,44 @@ def test_the_table_of_alpha_is_the_rule_solved_for_the_margin():
         for name, cell in zip(head[2:], row[2:], strict=True):
             q = float(re.findall(r"[\d.]+", name)[0])
             assert cell.split()[0] == f"{math.log(2 / q - 1) / float(row[0]):.3g}"
+
+
+def test_the_estimators_on_the_method_page_are_those_of_the_code():
+    from napo_loss import noise_level
+    from napo_loss.objective.estimators import BOUNDS
+
+    zero, far = torch.zeros(2), torch.full((2,), 1e6)
+    for name, _, bounds, start, end in table(read("docs/method.md"), "`estimator`")[1:]:
+        name = name.split('"')[1]
+        assert bounds == str([int(x) if x == 1 else x for x in BOUNDS[name]])
+        assert float(start) == noise_level(zero, estimator=name).item()
+        if name != "moment":
+            assert float(end) == pytest.approx(noise_level(far, estimator=name).item())
+
+
+def test_the_numbers_on_the_method_page():
+    from napo_loss import noise_level
+    from napo_loss.objective import eager
+
+    page = read("docs/method.md")
+
+    def q(*means, estimator="released", **kwargs):
+        return noise_level(torch.tensor(means, dtype=torch.float32), estimator=estimator, **kwargs).item()
+
+    assert "takes 201 nats of mean margin to go from 0.5 to 0.45 and" in page
+    assert "1099 to 0.25; α = 0.5 on per-token means takes 4 and 22 nats per token" in page
+    for alpha, nats, expected in ((0.01, 201, 0.45), (0.01, 1099, 0.25), (0.5, 4, 0.45), (0.5, 22, 0.25)):
+        assert round(q(nats, estimator="paper", alpha=alpha * 0.1), 3) == pytest.approx(expected, abs=6e-4)
+    assert "a released q of 1 and 0.04; the mean of the qs is 0.52, the q of all pairs 0.24" in page
+    found = q(0.0), q(400.0), (q(0.0) + q(400.0)) / 2, q(0.0, 400.0)
+    assert [round(x, 2) for x in found] == [1, 0.04, 0.52, 0.24]
+    draw = torch.Generator().manual_seed(0)
+    spread = 1 + torch.randn(100_000, generator=draw)
+    assert "0.29 for $v = 1$" in page
+    assert noise_level(spread, estimator="moment").item() == pytest.approx(0.29, abs=0.01)
+    flips = 1 - 2 * (torch.rand(4000, 32, generator=draw) < 0.25).float()
+    assert "which is 0.15 for 32 pairs and a quarter flipped" in page
+    assert noise_level(flips, estimator="moment").std().item() == pytest.approx(0.15, abs=0.01)
+    assert (eager.WEIGHT_FLOOR, eager.WEIGHT_PRIOR) == (0.01, 0.05)
+    assert r"\max\Bigl(0.01," in page
+    assert r"\epsilon = 0.05\ \text{nat}" in page
