@@ -139,7 +139,7 @@ def noise_level(
         tensor(0.5000)
 
     Source:
-        ``released``: the released code of arXiv:2503.17928; ``paper``: its Eq. 2 and 9; ``moment``: ours. How they
+        ``released``: the released code of arXiv:2503.17928; ``paper``: its Eq. 2 and 12; ``moment``: ours. How they
         differ, and what neither can see: docs/method.md.
     """
     check_estimator(estimator, alpha, q_from)

@@ -76,7 +76,7 @@ class NaPOConfig(DPOConfig):
     sft_weight: float = field(default=0.0, metadata={"help": "Weight of the negative log-likelihood of the chosen."})
     average_logps: bool = field(default=False, metadata={"help": "Per-token mean log-probs instead of sums."})
     q_from: str = field(default="rank_means", metadata={"help": "The margin behind q.", "choices": list(Q_FROM)})
-    q_decay: float = field(default=0.0, metadata={"help": "Share of the previous q that is kept."})
+    q_decay: float = field(default=0.0, metadata={"help": "Share of the previous moments that is kept."})
 
     def __post_init__(self):
         super().__post_init__()
