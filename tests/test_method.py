@@ -1,6 +1,7 @@
 """What the paper prints, what its released code runs, and ours: estimators and recipes against float64 by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from napo_loss import (
     PAPER,
     RELEASED,
     SCALE_FREE,
+    NaPOLoss,
     Negative,
     Recipe,
     SequenceLogps,
@@ -260,3 +262,36 @@ def test_the_papers_estimator_has_beta_inside_the_margin():
     out = napo_loss(zero, -torch.full((4,), 50.0), None, None, beta=0.2, recipe=recipe)
     assert out.q.item() == pytest.approx(1 - 1 / (1 + math.exp(-0.1 * 0.2 * 50)))
     assert out.moments.tolist() == pytest.approx([50.0, 2500.0])  # moments are of ψ itself, for whoever reads them
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_recipes_compile_as_one_graph(method, fused, monkeypatch):
+    monkeypatch.setattr(objective, "_can_fuse", lambda *_: fused)
+    torch._dynamo.reset()
+    recipe = replace(METHODS[method], decay=0.5)
+    policy, reference, lengths = (x.float() for x in batch(0, 4))
+    policy.requires_grad_()
+
+    def step(policy, previous):
+        inputs = given_by_name(policy, reference, lengths)
+        out = napo_loss(*inputs, beta=BETA, recipe=recipe, previous_moments=previous)
+        return out.losses.mean(), out.q, out.weights, out.moments
+
+    previous = step(policy, None)[-1]
+    plain, compiled = step(policy, previous), torch.compile(step, fullgraph=True, backend="aot_eager")(policy, previous)
+    for a, b in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(a, b)
+    grads = [torch.autograd.grad(found[0], policy)[0] for found in (compiled, plain)]
+    torch.testing.assert_close(*grads)
+
+
+def test_the_module_compiles_and_keeps_its_moments():
+    torch._dynamo.reset()
+    module, twin = (NaPOLoss(recipe=Recipe(Negative(estimator="moment"), decay=0.5)) for _ in range(2))
+    compiled = torch.compile(twin, backend="aot_eager")
+    for seed in range(3):
+        chosen, rejected = margins(seed, 2, 4).float()
+        for a, b in zip(compiled(chosen, rejected, None, None), module(chosen, rejected, None, None), strict=True):
+            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(twin.previous_moments, module.previous_moments)
