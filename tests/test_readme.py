@@ -236,7 +236,7 @@ def differences(*cells: tuple[str, str, str]) -> list[str]:
 
 
 LANGUAGE, VISION, ALL = "person's favourite ≠ picture", "usual question ≠ this question", "all questions"
-DPO, SAME, EQUAL = "NaPO minus DPO", "NaPO minus DPO, group", "the same, equal weights"
+DPO, SAME, EQUAL = "NaPO minus DPO", "NaPO minus DPO, all negatives", "the same, equal weights"
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_the_shares_on_the_demo_page_are_those_of_its_run():
         arm: share["last step"] for arm, share in result["share of the gradient that teaches the wrong answer"].items()
     }
     wanted = [right["question_only"], right["image_only"], last["DPO"], last["NaPO"]]
-    wanted += [last["DPO, group, equal weights"], last["NaPO, equal weights"]]
+    wanted += [last["DPO, all negatives, equal weights"], last["NaPO, equal weights"]]
     assert re.findall(r"(\d+) %", page.partition("## Why")[2]) == [f"{100 * share['mean']:.0f}" for share in wanted]
     made = report["environment"]
     assert f"{report['seconds']:.0f} s on a {made['cores']}-core {made['cpu']}; torch {made['torch']}" in page
