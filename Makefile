@@ -1,5 +1,6 @@
 # make demo   environment + the main job: debias a small vision-language model on real images
-# make test   environment + all tests
+# make test   environment + tests, in minutes: one of each kind
+# make test-all  environment + all tests, those marked slow too
 # make lint   environment + ruff, pyright
 # make bench  environment + the benchmarks of this machine
 # make docs   environment + the documentation, in site/
@@ -10,12 +11,16 @@ VENV := .venv
 BASE_PYTHON := python3
 PYTHON := $(if $(VENV),$(VENV)/bin/python,$(BASE_PYTHON))
 
-.PHONY: demo test lint bench docs
+.PHONY: demo test test-all lint bench docs
 demo: $(if $(VENV),$(VENV)/.demo)
 	$(PYTHON) examples/demo.py
 
+test test-all: export OMP_NUM_THREADS := 1
 test: $(if $(VENV),$(VENV)/.test)
-	$(PYTHON) -m pytest -n auto
+	$(PYTHON) -m pytest -n auto --dist loadgroup -m "not slow"
+
+test-all: $(if $(VENV),$(VENV)/.test)
+	$(PYTHON) -m pytest -n auto --dist loadgroup
 
 lint: $(if $(VENV),$(VENV)/.dev)
 	$(PYTHON) -m ruff check .

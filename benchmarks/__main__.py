@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("--compare", type=Path, metavar="OLD.csv", help="print ratios to these; fail on a regression")
     parser.add_argument("--with", type=Path, dest="new", metavar="NEW.csv", help="compare these and run nothing")
     parser.add_argument("--check", action="store_true", help="static: write nothing, fail where kernels got worse")
+    parser.add_argument("--targets", nargs="+", metavar="sm_90", help="static --check: for these only, not for all")
     arguments = parser.parse_args()
     unknown = set(arguments.suites) - set(SUITES)
     if unknown:
@@ -28,6 +29,8 @@ def main() -> int:
         parser.error("--with needs --compare")
     if arguments.check and arguments.suites != ["static"]:
         parser.error("--check is for static alone")
+    if arguments.targets and not arguments.check:
+        parser.error("--targets is for --check alone: the table has all of them")
 
     from benchmarks.record import compare, read_rows
 
@@ -46,9 +49,12 @@ def main() -> int:
         timed = [suite for suite in chosen if suite != "static"]
         rows = run_suites(timed, quick=arguments.quick) if timed else []
         if "static" in chosen:
+            from benchmarks.compiled import TARGETS
             from benchmarks.static import run_static
 
-            status = run_static(check=arguments.check)
+            if unknown := set(arguments.targets or ()) - set(TARGETS):
+                parser.error(f"no target called {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
+            status = run_static(check=arguments.check, targets=arguments.targets or tuple(TARGETS))
     if arguments.compare:
         lines, regressions = compare(old, rows)
         print(*lines or ["no case in common"], sep="\n")

@@ -6,12 +6,14 @@ then compiled ahead of time, so the table shows the very specialisations that a 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,12 +188,23 @@ def _amd_width(text: str, kind: str) -> int:
     return max((size for name in found for key, size in sizes.items() if name.startswith(key)), default=0)
 
 
-def compile_all() -> list[Report]:
-    """Every case on every target."""
+@lru_cache
+def _launches() -> list[tuple[str, Launch]]:
+    return [(case, launch) for case, call in cases() for launch in record(call)]
+
+
+def _report(i: int, target: str) -> Report:
+    case, launch = _launches()[i]
+    compiled = compile_launch(launch, TARGETS[target])
+    return Report(launch.kernel.__name__, case, target, *inspect(compiled, TARGETS[target]))
+
+
+def compile_all(targets: Sequence[str] = tuple(TARGETS)) -> list[Report]:
+    """Every case on every target, a process per core. What Triton's cache holds is not compiled again."""
     os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is decorated; interpreted kernels do not compile
-    calls = [(case, launch) for case, call in cases() for launch in record(call)]
-    found = []
-    for (case, launch), target in tqdm(list(product(calls, TARGETS)), unit="kernel", disable=None):
-        compiled = compile_launch(launch, TARGETS[target])
-        found.append(Report(launch.kernel.__name__, case, target, *inspect(compiled, TARGETS[target])))
-    return found
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once for all of them
+    work = list(product(range(len(_launches())), targets))
+    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        found = pool.map(_report, *zip(*work, strict=True), chunksize=8)
+        return list(tqdm(found, total=len(work), unit="kernel", disable=None))

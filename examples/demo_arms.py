@@ -21,7 +21,7 @@ NEGATIVES = {
         "image_only": {**BY_SUM, "weight": 1 / 3},
     },
 }
-"""``DPO`` sees the rejected alone; ``all negatives`` the biased ones too, and q = 0 shows what these bring by themselves.
+"""``DPO`` sees the rejected alone; ``all negatives`` the biased ones too: q = 0 shows what these bring by themselves.
 ``NaPO`` has the q that the released code runs, the printed α, and fixed weights that are one of the triples among the
 released code's commented-out runs; dynamic weights, the paper's main result, are not tried here. ``equal weights``: a
 third each, and the rejected are noise-aware too."""

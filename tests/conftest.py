@@ -9,8 +9,10 @@ import torch
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-# Fresh examples on every run; no deadline, because the first call of an operator or a kernel compiles.
-hypothesis.settings.register_profile("napo", deadline=None, print_blob=True)
+# Fresh examples on every run, and no clock: the first call of an operator compiles, and the machine may be busy.
+hypothesis.settings.register_profile(
+    "napo", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
 hypothesis.settings.load_profile("napo")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -18,10 +20,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_collection_modifyitems(items):
-    if GPU:
-        return
     for item in items:
-        if "gpu" in item.keywords:
+        for pool in {"ranks", "two_ranks"} & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.xdist_group(pool))  # one worker starts these processes, not each
+        if "gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm GPU; torch.cuda.is_available() is False"))
 
 

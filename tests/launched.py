@@ -13,9 +13,9 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, load_from_disk
 from transformers import TrainerCallback
 
+import tiny
 from napo_loss import fused_head
 from napo_loss.trl import NaPOConfig, NaPOTrainer
-from tests import tiny
 
 BATCH, STEPS = 4, 2  # pairs per step on all ranks together
 PAPER = ["rejected", "question_only", "image_only"]

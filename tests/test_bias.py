@@ -1,7 +1,6 @@
 """Biased negatives with a real (tiny, random) LLaVA: what the model gets to see, what comes back, and resuming."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor  # noqa: E402
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 
+import processes  # noqa: E402
 from napo_loss.bias import BiasSettings, add_biased_negatives  # noqa: E402
 from napo_loss.bias.answers import Answers  # noqa: E402
 from napo_loss.bias.cache import dataset_digest, model_digest  # noqa: E402
@@ -447,6 +447,6 @@ def test_questions_in_plain_text(model, processor, prompt, expected):
 
 def test_napo_loss_alone_needs_none_of_this():
     code = "import sys, napo_loss; assert not {'napo_loss.bias', 'datasets', 'transformers', 'trl'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert processes.run([sys.executable, "-c", code]).returncode == 0
     code = "import sys, napo_loss.bias; assert not {'datasets', 'transformers', 'trl', 'PIL'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert processes.run([sys.executable, "-c", code]).returncode == 0

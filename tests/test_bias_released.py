@@ -332,9 +332,9 @@ def test_log_probs_of_three_answers_have_no_place(tmp_path, saved, read):
 def test_the_trainer_takes_what_was_read(saved, read, tmp_path):
     """Four answers and the image; with a collator that is asked to, the file's log-probs as the reference's."""
     pytest.importorskip("trl")
-    import tiny
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
+    import tiny
     from napo_loss.trl import NaPOConfig, NaPOTrainer
     from napo_loss.trl.data import NegativesCollator
 

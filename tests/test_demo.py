@@ -1,28 +1,25 @@
 """The demo at its toy scale: it runs offline, writes what it promises, and prints every arm."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+import processes
+from processes import ROOT
+
 for package in ("trl", "sklearn", "matplotlib"):
     pytest.importorskip(package)
-ROOT = Path(__file__).parents[1]
 
 
-def test_quick_demo(tmp_path):
-    command = [sys.executable, ROOT / "examples/demo.py", "--quick", "--seeds", "2", "--out", tmp_path]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
+@pytest.mark.parametrize("seeds", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_quick_demo(seeds, tmp_path):
+    command = [sys.executable, ROOT / "examples/demo.py", "--quick", "--seeds", seeds, "--out", tmp_path]
+    run = processes.run(command, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads((tmp_path / "demo.json").read_text())
     assert (tmp_path / "demo.png").stat().st_size > 10_000
-    assert len(report["seeds"]) == 2
+    assert len(report["seeds"]) == seeds
     for arm in ("pre-trained", "DPO", "DPO, all negatives", "NaPO"):
         assert 0 <= report["summary"]["final"][arm]["conflict"]["mean"] <= 1
         assert arm in run.stdout
@@ -42,10 +39,7 @@ def test_results_in_the_repository_are_of_this_demo():
         "import sys, json, dataclasses; sys.path.insert(0, 'examples'); import demo; from demo_arms import *\n"
         "print(json.dumps([dataclasses.asdict(SCALE), {a.name: dataclasses.asdict(a) for a in ARMS}]))"
     )
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True
-    )
+    run = processes.run([sys.executable, "-c", code])
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads(results.read_text())
     assert json.loads(run.stdout.splitlines()[-1]) == [report["scale"], report["arms"]]

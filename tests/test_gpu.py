@@ -1,13 +1,13 @@
 """What only a GPU can show: every kernel against float64 at real vocabularies, launches, syncs, graphs, overflow."""
 
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import processes
 from napo_loss import Recipe, VocabShard, linear_sequence_logps, napo_loss, reference, sequence_logps
 from napo_loss.logps import gemm
 
@@ -167,9 +167,8 @@ def test_memcheck_is_clean():
         "torch.cuda.synchronize()\n"
     )
     # PyTorch's cache rounds allocations up, which would hide a read past the end.
-    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", sys.executable, "-c", code]
-    done = subprocess.run(["env", *(f"{k}={v}" for k, v in env.items()), *command], capture_output=True, text=True)
+    done = processes.run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     assert done.returncode == 0, done.stdout[-3000:]
 
 

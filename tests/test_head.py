@@ -1,14 +1,11 @@
 """fused_head on real architectures: the numbers of their own logits, PEFT, tied weights, DDP and FSDP2."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -21,9 +18,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+import tiny
 from napo_loss import fused_head, linear_sequence_logps, noise_aware_dpo_loss, sequence_logps
+from ranks import Ranks
 
-ROOT = Path(__file__).parent.parent
 SIZE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 MODELS = {
@@ -191,45 +189,6 @@ def one_process_group():
     return group()
 
 
-WORKER = """
-import sys, os, torch, torch.distributed as dist
-sys.path[:0] = [os.environ["ROOT"], os.environ["ROOT"] + "/tests"]
-import test_head
-from napo_loss import fused_head, napo_loss
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-
-how, tied = sys.argv[1], sys.argv[2] == "tied"
-dist.init_process_group("gloo")
-rank, inputs, labels = dist.get_rank(), *test_head.batch()
-expected_losses, expected = test_head.step(test_head.pair_model(tied), inputs, labels)
-model = test_head.pair_model(tied)
-if how == "ddp":
-    model = DistributedDataParallel(model)
-elif how == "tp":
-    model = type(model).from_pretrained(os.environ["SAVED"], tp_plan="auto")
-    assert type(model.lm_head.weight).__name__ == "DTensor"
-else:
-    for layer in model.model.layers:
-        fully_shard(layer)
-    if how == "fsdp2-head":
-        fully_shard(model.lm_head)
-    fully_shard(model)
-# A chosen and its rejected; under tensor parallelism both ranks have all pairs.
-order, here = ([0, 1, 2, 3], slice(None)) if how == "tp" else ([rank, rank + 2], slice(rank, rank + 1))
-mine = {name: x[order] for name, x in inputs.items()}
-losses, grads = test_head.step(model, mine, labels[order])
-torch.testing.assert_close(losses, expected_losses[here], rtol=1e-5, atol=1e-6)
-for name, grad in grads.items():
-    grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-    torch.testing.assert_close(grad, expected[name.removeprefix("module.")], rtol=1e-4, atol=1e-6, msg=name)
-assert len(grads) == len(expected)
-print("rank", rank, "agrees", flush=True)
-dist.barrier()
-os._exit(0)  # DDP's destructor can hang with gloo
-"""
-
-
 def pair_model(tied):
     torch.manual_seed(0)
     return MODELS["tied" if tied else "llama"]()
@@ -244,15 +203,45 @@ def step(model, inputs, labels):
     return losses.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
+@pytest.fixture(scope="module")
+def two_ranks():
+    """A world of two, no part of a larger one: transformers' tensor parallelism takes all ranks there are."""
+    found = Ranks(2)
+    yield found
+    found.stop()
+
+
+def check_agreement(group, how, tied, saved):
+    inputs, labels = batch()
+    expected_losses, expected = step(pair_model(tied), inputs, labels)
+    model, rank, mesh = pair_model(tied), group.rank(), DeviceMesh.from_group(group, "cpu")
+    if how == "ddp":
+        model = DistributedDataParallel(model, process_group=group)
+    elif how == "tp":
+        model = type(model).from_pretrained(saved, tp_plan="auto")
+        assert type(model.lm_head.weight).__name__ == "DTensor"
+    else:
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        if how == "fsdp2-head":
+            fully_shard(model.lm_head, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    # A chosen and its rejected; under tensor parallelism both ranks have all pairs.
+    order, here = ([0, 1, 2, 3], slice(None)) if how == "tp" else ([rank, rank + 2], slice(rank, rank + 1))
+    mine = {name: x[order] for name, x in inputs.items()}
+    losses, grads = step(model, mine, labels[order])
+    torch.testing.assert_close(losses, expected_losses[here], rtol=1e-5, atol=1e-6)
+    for name, grad in grads.items():
+        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        torch.testing.assert_close(grad, expected[name.removeprefix("module.")], rtol=1e-4, atol=1e-6, msg=name)
+    assert len(grads) == len(expected)
+
+
 @pytest.mark.parametrize(
     ("how", "tied"),
-    [("ddp", "untied"), ("fsdp2", "untied"), ("fsdp2", "tied"), ("fsdp2-head", "untied"), ("tp", "untied")],
+    [("ddp", False), ("fsdp2", False), ("fsdp2", True), ("fsdp2-head", False), ("tp", False)],
+    ids=["ddp", "fsdp2", "fsdp2-tied", "fsdp2-head", "tp"],
 )
-def test_two_ranks_agree_with_one_process(how, tied, tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    pair_model(tied == "tied").save_pretrained(tmp_path / "saved")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, how, tied]
-    environment = {**os.environ, "ROOT": str(ROOT), "SAVED": str(tmp_path / "saved"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.stdout.count("agrees") == 2, done.stdout + done.stderr
+def test_two_ranks_agree_with_one_process(two_ranks, how, tied, tmp_path):
+    pair_model(tied).save_pretrained(tmp_path)
+    two_ranks.run(2, check_agreement, how, tied, str(tmp_path))

@@ -5,7 +5,6 @@ Gradients are compared as they are, before the optimiser's step: Adam would make
 
 import os
 import shutil
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +14,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+import launched
+import processes
+import tiny
 from napo_loss import fused_head
 from napo_loss.trl import STATE_FILE
-from tests import launched, tiny
 
 pytestmark = [
     # transformers 5.23 warns about names that TRL 1.16 still uses.
@@ -25,7 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*use_cpu.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-ROOT = Path(__file__).parent.parent
 FSDP2 = [
     "--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP",
     "--fsdp_transformer_layer_cls_to_wrap=LlamaDecoderLayer",  # LLaVA's own list has classes that this one lacks
@@ -34,20 +34,18 @@ FSDP2 = [
 ]  # fmt: skip
 
 
-def launch(folder, ranks, flags, *hows, timeout=200):
+def launch(folder, ranks, flags, *hows):
     """`accelerate launch` as a user types it; with `--cpu` it would start one process, which leaves the rest to MPI."""
     common = [f"--num_processes={ranks}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *common, "--main_process_port=0", *flags]
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        "HF_HOME": str(folder / "home"),  # where accelerate would find the settings of whoever runs this
+    return processes.run(
+        [*command, launched.__file__, folder, *hows],
+        CUDA_VISIBLE_DEVICES="",
+        HF_HOME=str(folder / "home"),  # where accelerate would find the settings of whoever runs this
         # DeepSpeed compiles an extension at its first use, with the ninja of this environment.
-        "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }  # fmt: skip
-    return subprocess.run(
-        [*command, ROOT / "tests/launched.py", folder, *hows], cwd=ROOT, env=environment, capture_output=True,
-        text=True, timeout=timeout,
-    )  # fmt: skip
+        DS_ACCELERATOR="cpu",
+        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    )
 
 
 @pytest.fixture
@@ -122,8 +120,11 @@ def assert_variants_are_the_same(how, results, expected, *, gradients=True):
 
 @pytest.mark.parametrize(
     ("ranks", "flags", "hows"),
-    [(2, ["--multi_gpu"], ["ddp"]), (2, FSDP2, ["fsdp2"]), (4, FSDP2, ["ddp", "fsdp2"])],
-    ids=["2-ddp", "2-fsdp2", "4-both"],
+    [
+        pytest.param(2, ["--multi_gpu"], ["ddp"], id="2-ddp"),
+        pytest.param(2, FSDP2, ["fsdp2"], id="2-fsdp2", marks=pytest.mark.slow),
+        pytest.param(4, FSDP2, ["ddp", "fsdp2"], id="4-both", marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_train_as_one_process(ranks, flags, hows, folder, expected):
     done = launch(folder, ranks, flags, *hows)
@@ -138,13 +139,14 @@ def test_ranks_train_as_one_process(ranks, flags, hows, folder, expected):
         assert all(torch.equal(saved[name], weight) for name, weight in results["kept"]["weights"].items())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (find_spec("deepspeed") and shutil.which("g++") and Path(get_path("include"), "Python.h").exists()),
     reason="needs DeepSpeed, and g++ with Python's headers for what it compiles",
 )
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_trains_as_one_process(stage, folder, expected):
-    done = launch(folder, 2, ["--use_deepspeed", f"--zero_stage={stage}"], f"zero{stage}", timeout=280)
+    done = launch(folder, 2, ["--use_deepspeed", f"--zero_stage={stage}"], f"zero{stage}")
     assert done.returncode == 0, done.stderr[-5000:]
     results = torch.load(folder / f"zero{stage}.pt", weights_only=True)
     # No gradients: its engine steps inside backward.
@@ -160,7 +162,8 @@ def test_deepspeed_trains_as_one_process(stage, folder, expected):
             close(results["head"]["gradients"][name], p.grad, name)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_job(folder):
-    done = launch(folder, 2, ["--multi_gpu"], "fails", timeout=120)
+    done = launch(folder, 2, ["--multi_gpu"], "fails")
     assert done.returncode != 0
     assert "RuntimeError: this batch is broken" in done.stderr

@@ -115,7 +115,6 @@ def test_the_sdist_is_the_repository(built):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_sdist_tests_itself(built, tmp_path):
     """All tests are found, and those that run have what they need, the kernels too."""
     shutil.unpack_archive(built[1], tmp_path, filter="data")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from docs import scale
+import scale
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -114,9 +114,9 @@ def test_the_line_for_a_trainer_does_what_it_says(name):
 
 
 def test_the_subclass_for_trl_computes_the_loss_of_ours(tmp_path):
-    import tiny
     from trl import DPOConfig
 
+    import tiny
     from napo_loss.trl import NaPOConfig, NaPOTrainer
 
     theirs = next(block for block in blocks(read("docs/trainers.md")) if "class Trainer" in block)

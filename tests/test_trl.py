@@ -17,11 +17,11 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
 
 import napo_loss
+import tiny
 from napo_loss import Negative, Recipe, reference
 from napo_loss.trl import STATE_FILE, NaPOConfig, NaPOTrainer
 from napo_loss.trl.config import REFUSED
 from napo_loss.trl.data import NegativesCollator, OncePerPrompt
-from tests import tiny
 
 pytestmark = [
     # transformers 5.23 warns about names that TRL 1.16 still uses; pin_memory has nothing to pin to here.

@@ -7,11 +7,10 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import Wire, examples
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.library import opcheck
 
-from docs import scale
+import scale
 from napo_loss import (
     LowRank,
     VocabShard,
@@ -23,6 +22,7 @@ from napo_loss.logps import factored, memory, sharded
 from napo_loss.logps.calls import ShardedCall
 from napo_loss.parallel import shards
 from napo_loss.parallel.columns import Columns
+from ranks import Wire, examples
 
 BACKENDS = ["eager", "triton"]
 seeds = st.integers(0, 2**31)
