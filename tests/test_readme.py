@@ -152,9 +152,9 @@ def test_the_published_run_has_the_settings_of_its_table(tmp_path, monkeypatch):
 
 
 def test_the_published_run_takes_a_step_on_a_toy(tmp_path, monkeypatch):
-    import tiny
     from datasets import Dataset
 
+    import tiny
     from napo_loss import RELEASED
     from napo_loss.trl import NaPOTrainer
 
