@@ -26,7 +26,6 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from napo_loss.objective import eager
-from napo_loss.objective.estimators import Q_BOUNDS
 from napo_loss.objective.negatives import BatchLogps
 from napo_loss.types import MIN_LENGTH
 
@@ -103,13 +102,13 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         plain = {"bias": None, "logit_scale": 1.0, "softcap": 0.0}
         yield f"{name} log-probs only", lambda r=raw, h=plain: linear_rows(r, labels[0], None, **h)
 
-    constants = Constants(*Q_BOUNDS, eager.MIN_Q, eager.WEIGHT_FLOOR, MIN_LENGTH)
+    constants = Constants(eager.MIN_Q, eager.WEIGHT_FLOOR, eager.WEIGHT_PRIOR, MIN_LENGTH)
     for K, B in ((1, 1), (3, 64)):
         row, rows = torch.zeros(B), torch.zeros(K, B)
         for average, dynamic in ((False, False), (True, True)):
             switches = Switches(average, dynamic, COMPUTE_LOSS=True)
             logps = BatchLogps(row, rows, row, rows, row, rows)._asdict()
-            settings = Settings(*torch.zeros(4, K))
+            settings = Settings(*torch.zeros(6, K))
             yield (
                 f"K={K} B={B}" + " average dynamic" * average,
                 partial(objective, logps, settings, None, None, constants, switches, beta=0.1),

@@ -17,7 +17,14 @@ EXAMPLE = re.compile(r"^(\s*)Example:$", re.MULTILINE)
 RETURNS = re.compile(r"^( *(?:Returns|Yields):\n.*?): ", re.MULTILINE)
 ROOMS = {
     "napo_loss.trl": ("NaPOConfig", "NaPOTrainer"),
-    "napo_loss.bias": ("BiasSettings", "add_biased_negatives", "natural_noise"),
+    "napo_loss.bias": (
+        "BiasSettings",
+        "add_biased_negatives",
+        "natural_noise",
+        "read_released",
+        "token_f1",
+        "write_released",
+    ),
 }
 
 

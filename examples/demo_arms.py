@@ -8,29 +8,29 @@ FIXED_WEIGHTS = {"rejected": 0.04, "question_only": 0.48, "image_only": 0.48}
 BY_MEAN, BY_SUM = {"alpha": 0.5, "margin": "mean"}, {"alpha": 0.01, "margin": "sum"}
 NEGATIVES = {
     "DPO": {"rejected": {"q": 0.0}},
-    "DPO, group": {name: {"q": 0.0, "weight": weight} for name, weight in FIXED_WEIGHTS.items()},
+    "DPO, all negatives": {name: {"q": 0.0, "weight": weight} for name, weight in FIXED_WEIGHTS.items()},
     "NaPO": {
         "rejected": {"q": 0.0, "weight": 0.04},
         "question_only": {**BY_MEAN, "weight": 0.48},
         "image_only": {**BY_SUM, "weight": 0.48},
     },
-    "DPO, group, equal weights": {name: {"q": 0.0, "weight": 1 / 3} for name in FIXED_WEIGHTS},
+    "DPO, all negatives, equal weights": {name: {"q": 0.0, "weight": 1 / 3} for name in FIXED_WEIGHTS},
     "NaPO, equal weights": {
         "rejected": {**BY_MEAN, "weight": 1 / 3},
         "question_only": {**BY_MEAN, "weight": 1 / 3},
         "image_only": {**BY_SUM, "weight": 1 / 3},
     },
 }
-"""``DPO`` sees the rejected alone; ``group`` the biased negatives too, and q = 0 shows what these bring by themselves.
+"""``DPO`` sees the rejected alone; ``all negatives`` the biased ones too: q = 0 shows what these bring by themselves.
 ``NaPO`` has the q that the released code runs, the printed α, and fixed weights that are one of the triples among the
 released code's commented-out runs; dynamic weights, the paper's main result, are not tried here. ``equal weights``: a
 third each, and the rejected are noise-aware too."""
 
 CHOSEN = {
     "DPO": (0.1, 3e-4),
-    "DPO, group": (0.3, 1e-4),
+    "DPO, all negatives": (0.3, 1e-4),
     "NaPO": (1.0, 1e-3),
-    "DPO, group, equal weights": (0.3, 1e-3),
+    "DPO, all negatives, equal weights": (0.3, 1e-3),
     "NaPO, equal weights": (0.3, 3e-4),
 }
 """β and learning rate of each arm: its own best on validation pictures, see ``demo_tune.py``."""

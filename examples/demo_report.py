@@ -22,7 +22,7 @@ COLUMNS = {
     "same without question": "same answer\nwithout question",
 }
 """What the table shows, in percent: accuracies where a bias is wrong, and right; and how far the answers rest on it."""
-DIFFERENCES = ["NaPO minus DPO", "NaPO minus DPO, group", "the same, equal weights"]
+DIFFERENCES = ["NaPO minus DPO", "NaPO minus DPO, all negatives", "the same, equal weights"]
 COLOURS = ["#8c8c8c", "#4c78a8", "#e4572e", "#9ecae9", "#f5b08c"]
 Q_COLOURS = {"question_only": "#b279a2", "image_only": "#54a24b"}
 
@@ -46,8 +46,8 @@ def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "final": {arm: {c: spread([e[c] for e in end]) for c in columns} for arm, end in ends.items()},
         "NaPO minus DPO": against("NaPO", "DPO"),
-        "NaPO minus DPO, group": against("NaPO", "DPO, group"),
-        "the same, equal weights": against("NaPO, equal weights", "DPO, group, equal weights"),
+        "NaPO minus DPO, all negatives": against("NaPO", "DPO, all negatives"),
+        "the same, equal weights": against("NaPO, equal weights", "DPO, all negatives, equal weights"),
         "negatives in fact right": {k: spread([s["pairs"]["in fact right"][k] for s in seeds]) for k in kinds},
         "share of the gradient that teaches the wrong answer": {
             arm: {"first step": spread([x[0] for x in shares]), "last step": spread([x[1] for x in shares])}

@@ -62,7 +62,7 @@ class Pairs(NamedTuple):
 
 
 def make_pairs(model: LlavaForConditionalGeneration, n: int, flipped: float, seed: int) -> Pairs:
-    """Preference groups from the model itself, with its biased answers and a share of swapped pairs.
+    """Preferences from the model itself, with its biased answers and a share of swapped pairs.
 
     Chosen is the right answer and rejected a wrong one that the model itself would give (sampled from its answers,
     the right one left out). In half of the questions the cue is wrong. The swap comes last and touches chosen and

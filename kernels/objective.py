@@ -60,28 +60,33 @@ def objective_kernel(
     reference_rejected_ptr,
     chosen_length_ptr,
     rejected_length_ptr,
-    alpha_ptr,  # [K]
+    slope_ptr,  # [K]: α, or NaN for the moment estimator
+    top_ptr,  # [K]: q at a margin of -inf
+    low_ptr,  # [K]: the smallest q
     reads_mean_ptr,  # [K]: whether q is read from per-token means, 0 or 1
     fixed_q_ptr,  # [K]: NaN where q is estimated
     weight_ptr,  # [K]
-    previous_q_ptr,  # [K] or unused
-    seen_mean_ptr,  # [K]: mean of the margin that q is read from
-    reward_mean_ptr,  # [K]: mean reward margin, β·ψ
+    previous_mean_ptr,  # [K] or unused
+    previous_square_ptr,  # [K] or unused
+    seen_mean_ptr,  # [K]: of the margins that q is read from
+    seen_square_ptr,  # [K]: of their squares
+    margin_mean_ptr,  # [K]: of ψ as the loss reads it
     losses_ptr,  # [B]
     chosen_rewards_ptr,  # [B]
     rejected_rewards_ptr,  # [K, B]
     q_ptr,  # [K]
     weights_ptr,  # [K]
+    moment_mean_ptr,  # [K]: seen_mean, smoothed
+    moment_square_ptr,  # [K]
     dlogps_ptr,  # [1 + K, B]: dloss_b/dlogπ
     B,
     K,
     beta,
     sft_weight,
     decay,
-    Q_LOW: tl.constexpr,
-    Q_HIGH: tl.constexpr,
     MIN_Q: tl.constexpr,
     WEIGHT_FLOOR: tl.constexpr,
+    WEIGHT_PRIOR: tl.constexpr,
     MIN_LENGTH: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     HAS_LENGTH: tl.constexpr,
@@ -95,13 +100,16 @@ def objective_kernel(
 ):
     k = tl.arange(0, BLOCK_K)
     in_k = k < K
-    alpha = tl.load(alpha_ptr + k, mask=in_k, other=1.0)
+    slope = tl.load(slope_ptr + k, mask=in_k, other=1.0)
+    top = tl.load(top_ptr + k, mask=in_k, other=1.0)
+    low = tl.load(low_ptr + k, mask=in_k, other=0.0)
     reads_mean = tl.load(reads_mean_ptr + k, mask=in_k, other=0.0) != 0
     fixed_q = tl.load(fixed_q_ptr + k, mask=in_k, other=0.0)
     weight = tl.load(weight_ptr + k, mask=in_k, other=0.0)
 
     if COMPUTE_MEANS:
         seen_sum = tl.zeros([BLOCK_K, BLOCK_B], tl.float32)
+        square_sum = tl.zeros([BLOCK_K, BLOCK_B], tl.float32)
         psi_sum = tl.zeros([BLOCK_K, BLOCK_B], tl.float32)
         for start in range(0, B, BLOCK_B):
             b = start + tl.arange(0, BLOCK_B)
@@ -111,27 +119,36 @@ def objective_kernel(
             )  # fmt: skip
             sum_margin = chosen[None, :] - rejected
             mean_margin = (chosen / chosen_length)[None, :] - rejected / rejected_length
-            seen_sum += tl.where(inside, tl.where(reads_mean[:, None], mean_margin, sum_margin), 0.0)
+            seen = tl.where(inside, tl.where(reads_mean[:, None], mean_margin, sum_margin), 0.0)
+            seen_sum += seen
+            square_sum += seen * seen
             psi_sum += tl.where(inside, mean_margin if AVERAGE else sum_margin, 0.0)
         seen_mean = tl.sum(seen_sum, axis=1) / B
-        reward_mean = beta * (tl.sum(psi_sum, axis=1) / B)
+        seen_square = tl.sum(square_sum, axis=1) / B
+        margin_mean = tl.sum(psi_sum, axis=1) / B
         tl.store(seen_mean_ptr + k, seen_mean, mask=in_k)
-        tl.store(reward_mean_ptr + k, reward_mean, mask=in_k)
+        tl.store(seen_square_ptr + k, seen_square, mask=in_k)
+        tl.store(margin_mean_ptr + k, margin_mean, mask=in_k)
     else:
         seen_mean = tl.load(seen_mean_ptr + k, mask=in_k, other=0.0)
-        reward_mean = tl.load(reward_mean_ptr + k, mask=in_k, other=0.0)
+        seen_square = tl.load(seen_square_ptr + k, mask=in_k, other=0.0)
+        margin_mean = tl.load(margin_mean_ptr + k, mask=in_k, other=0.0)
 
     if COMPUTE_LOSS:
-        q = 2.0 / (1.0 + tl.exp(alpha * seen_mean))
-        q = tl.where(q < Q_LOW, Q_LOW, tl.where(q > Q_HIGH, Q_HIGH, q))  # a NaN margin stays a NaN q
         if HAS_PREVIOUS:
-            q = decay * tl.load(previous_q_ptr + k, mask=in_k, other=0.0) + (1.0 - decay) * q
+            seen_mean = decay * tl.load(previous_mean_ptr + k, mask=in_k, other=0.0) + (1.0 - decay) * seen_mean
+            seen_square = decay * tl.load(previous_square_ptr + k, mask=in_k, other=0.0) + (1.0 - decay) * seen_square
+        tl.store(moment_mean_ptr + k, seen_mean, mask=in_k)
+        tl.store(moment_square_ptr + k, seen_square, mask=in_k)
+        rms = tl.sqrt(seen_square)
+        by_moments = 1.0 - seen_mean / tl.where(rms == 0, 1.0, rms)
+        q = tl.where(slope == slope, top / (1.0 + tl.exp(slope * seen_mean)), by_moments)
+        q = tl.where(q < low, low, tl.where(q > 1.0, 1.0, q))  # a NaN margin stays a NaN q
         q = tl.where(fixed_q == fixed_q, fixed_q, q)
         if DYNAMIC:
-            gain = tl.where(in_k & (reward_mean > 0), reward_mean, 0.0)
-            total = tl.sum(gain, axis=0)
-            share = tl.where(total > 0, gain / tl.where(total > 0, total, 1.0), 1.0 / K)
-            weight = tl.where(in_k, tl.maximum(share, WEIGHT_FLOOR), 0.0)
+            gain = tl.where(in_k, tl.where(margin_mean < 0, 0.0, margin_mean) + WEIGHT_PRIOR, 0.0)
+            share = gain / tl.sum(gain, axis=0)
+            weight = tl.where(in_k, tl.where(share < WEIGHT_FLOOR, WEIGHT_FLOOR, share), 0.0)
         tl.store(q_ptr + k, q, mask=in_k)
         tl.store(weights_ptr + k, weight, mask=in_k)
 
@@ -171,8 +188,8 @@ def objective_kernel(
 def objective(
     logps: dict[str, torch.Tensor | None],  # [B] of the chosen, [K, B] of the negatives; see BatchLogps
     settings: Settings,
-    previous_q: torch.Tensor | None,  # [K]
-    means: torch.Tensor | None,  # [2, K], where they come from all ranks
+    previous_moments: torch.Tensor | None,  # [2, K]
+    means: torch.Tensor | None,  # [3, K], where they come from all ranks
     constants: Constants,
     switches: Switches,
     *,
@@ -192,13 +209,15 @@ def objective(
         return torch.empty(shape, dtype=torch.float32, device=policy_chosen.device)
 
     outputs = Outputs(
-        means=new(2, K) if means is None else means.contiguous(), losses=new(B), chosen_rewards=new(B),
-        rejected_rewards=new(K, B), q=new(K), weights=new(K), dlogps=new(1 + K, B),
+        means=new(3, K) if means is None else means.contiguous(), losses=new(B), chosen_rewards=new(B),
+        rejected_rewards=new(K, B), q=new(K), weights=new(K), moments=new(2, K), dlogps=new(1 + K, B),
     )  # fmt: skip
     pointers = {name: unused if x is None else x for name, x in given.items()}
     pointers |= settings._asdict() | outputs._asdict()
-    pointers["previous_q"] = unused if previous_q is None else previous_q.contiguous()
-    pointers["seen_mean"], pointers["reward_mean"] = pointers.pop("means")
+    previous = (unused, unused) if previous_moments is None else previous_moments.contiguous()
+    pointers["previous_mean"], pointers["previous_square"] = previous
+    pointers["moment_mean"], pointers["moment_square"] = pointers.pop("moments")
+    pointers["seen_mean"], pointers["seen_square"], pointers["margin_mean"] = pointers.pop("means")
     block_k = triton.next_power_of_2(K)
     with on_device(policy_chosen):
         objective_kernel[(1,)](
@@ -212,7 +231,7 @@ def objective(
             **switches._asdict(),
             HAS_REFERENCE=given["reference_chosen"] is not None,
             HAS_LENGTH=given["chosen_length"] is not None,
-            HAS_PREVIOUS=previous_q is not None,
+            HAS_PREVIOUS=previous_moments is not None,
             COMPUTE_MEANS=means is None,
             BLOCK_K=block_k,
             BLOCK_B=max(1, min(triton.next_power_of_2(B), TILE // block_k)),

@@ -6,10 +6,10 @@ from napo_loss._version import __version__
 from napo_loss.hf.head import fused_head
 from napo_loss.logps.linear import linear_sequence_logps
 from napo_loss.logps.logits import sequence_logps
-from napo_loss.objective.estimators import noise_level
+from napo_loss.objective.estimators import Moments, margin_moments, noise_level
 from napo_loss.objective.loss import napo_loss, noise_aware_dpo_loss
 from napo_loss.objective.module import NaPOLoss
-from napo_loss.objective.recipes import DEFAULT_NEGATIVES, Negative, Recipe
+from napo_loss.objective.recipes import PAPER, RELEASED, SCALE_FREE, Negative, Recipe
 from napo_loss.parallel.reductions import all_reduce_logps
 from napo_loss.types import (
     LowRank,
@@ -24,8 +24,11 @@ if not _os.path.isdir(_os.path.join(__path__[0], "kernels")):
     __path__.append(_os.path.dirname(__path__[0]))  # where `kernels` lies
 
 __all__ = [
-    "DEFAULT_NEGATIVES",
+    "PAPER",
+    "RELEASED",
+    "SCALE_FREE",
     "LowRank",
+    "Moments",
     "NaPOLoss",
     "NaPOOutput",
     "Negative",
@@ -37,6 +40,7 @@ __all__ = [
     "all_reduce_logps",
     "fused_head",
     "linear_sequence_logps",
+    "margin_moments",
     "napo_loss",
     "noise_aware_dpo_loss",
     "noise_level",

@@ -69,9 +69,24 @@ def linear_sequence_logps(
     return sequence_logps(logits, labels, **kwargs)
 
 
-def noise_level(margin: Tensor, alpha: float = 0.01, low: float = 0.001, high: float = 1.0) -> Tensor:
-    """``q = clamp(2·(1 − σ(α·m̄)), low, high)``, as the released code runs it."""
-    return (2 * (1 - torch.sigmoid(alpha * margin.detach().mean(-1)))).clamp(low, high)
+def noise_level(margin: Tensor, alpha: float = 0.01, estimator: str = "released") -> Tensor:
+    """q as the released code runs it, as the paper prints it (with β in the margin), or by moments.
+
+    Example:
+        >>> import torch
+        >>> from napo_loss.reference import noise_level
+        >>> margin = torch.tensor([4.0, -2.0])
+        >>> noise_level(margin, 0.5), noise_level(margin, 0.5, "paper"), noise_level(margin, estimator="moment")
+        (tensor(0.7551), tensor(0.3775), tensor(0.6838))
+    """
+    margin = margin.detach()
+    mean = margin.mean(-1)
+    if estimator == "released":
+        return (2 * (1 - torch.sigmoid(alpha * mean))).clamp(0.001, 1)
+    if estimator == "paper":
+        return (1 - torch.sigmoid(alpha * mean)).clamp(0.01, 1)
+    rms = (margin**2).mean(-1).sqrt()
+    return torch.where(rms == 0, 1, 1 - mean / rms).clamp(0.001, 1)
 
 
 def noise_aware_dpo_loss(margin: Tensor, beta: float, q: float) -> Tensor:

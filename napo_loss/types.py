@@ -183,7 +183,7 @@ class PreferenceLoss(NamedTuple):
 
 
 @dataclasses.dataclass(eq=False)
-class NaPOOutput(Record, tensors=("losses", "chosen_rewards", "rejected_rewards", "q", "weights")):
+class NaPOOutput(Record, tensors=("losses", "chosen_rewards", "rejected_rewards", "q", "weights", "moments")):
     """What :func:`napo_loss.napo_loss` returns: it unpacks as the triple of DPO hooks, and carries what to log.
 
     Attributes:
@@ -193,6 +193,9 @@ class NaPOOutput(Record, tensors=("losses", "chosen_rewards", "rejected_rewards"
         q: the robustness that was used, detached: ``[K]``, ``[K, B]`` where each pair has its own; without the K for
             one negative.
         weights: the weight of each negative, detached, ``[K]``, a scalar for one negative.
+        moments: mean and mean square of the margins that q was read from, smoothed where the recipe smooths, ``[2, K]``
+            (``[2]`` for one negative, ``[2, K, B]`` where each pair has its own): what the next step takes as
+            ``previous_moments``.
 
     Example:
         >>> import torch
@@ -208,6 +211,7 @@ class NaPOOutput(Record, tensors=("losses", "chosen_rewards", "rejected_rewards"
     rejected_rewards: Tensor
     q: Tensor
     weights: Tensor
+    moments: Tensor
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.losses, self.chosen_rewards, self.rejected_rewards))

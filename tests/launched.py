@@ -134,11 +134,16 @@ def everything(folder: Path, how: str = "one", ranks: int = 1) -> dict:
     train, held_out = (load_from_disk(str(folder.parent / name)) for name in ("train", "held out"))
     kept = {**same, **KEPT, "data": train, "extra": {"eval_dataset": held_out}}
     first = trainer_for(folder / "kept", **kept)
-    results["kept"] = trained(first) | {"evaluated": first.evaluate()["eval_loss"], "q": first.q}
+    results["kept"] = trained(first) | {
+        "evaluated": first.evaluate()["eval_loss"],
+        "moments": first.napo.previous_moments,
+    }
     results["kept"]["reference"] = first.ref_model
     first.save_model(str(folder / "saved"))
     resumed = trainer_for(folder / "resumed", **kept)
-    results["resumed"] = trained(resumed, resume_from_checkpoint=str(folder / "kept/checkpoint-1")) | {"q": resumed.q}
+    results["resumed"] = trained(resumed, resume_from_checkpoint=str(folder / "kept/checkpoint-1")) | {
+        "moments": resumed.napo.previous_moments
+    }
     if ranks > 1:
         try:
             trainer_for(folder / "memory", **same, **KEPT)

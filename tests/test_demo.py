@@ -20,7 +20,7 @@ def test_quick_demo(seeds, tmp_path):
     report = json.loads((tmp_path / "demo.json").read_text())
     assert (tmp_path / "demo.png").stat().st_size > 10_000
     assert len(report["seeds"]) == seeds
-    for arm in ("pre-trained", "DPO", "DPO, group", "NaPO"):
+    for arm in ("pre-trained", "DPO", "DPO, all negatives", "NaPO"):
         assert 0 <= report["summary"]["final"][arm]["conflict"]["mean"] <= 1
         assert arm in run.stdout
     for seed in report["seeds"]:

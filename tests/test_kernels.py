@@ -14,7 +14,7 @@ from napo_loss.logps import ops as logps_ops
 from napo_loss.logps.calls import LogitsCall
 from napo_loss.objective import loss as objective
 from napo_loss.objective import ops as objective_ops
-from napo_loss.objective.negatives import BatchLogps, PreferenceBatch
+from napo_loss.objective.negatives import PreferenceBatch
 
 
 def run_objective(monkeypatch, fused, dtype, pc, pr, refs, lengths, **kwargs):
@@ -26,7 +26,7 @@ def run_objective(monkeypatch, fused, dtype, pc, pr, refs, lengths, **kwargs):
     out = napo_loss(chosen, rejected, *refs, **kwargs)
     upstream = torch.linspace(0.5, 2, pc.shape[0], dtype=out.losses.dtype)
     out.losses.backward(upstream)
-    return [*out, out.q, out.weights, pc.grad, pr.grad]
+    return [*out, out.q, out.weights, *out.moments, pc.grad, pr.grad]
 
 
 @settings(max_examples=60)
@@ -34,22 +34,25 @@ def run_objective(monkeypatch, fused, dtype, pc, pr, refs, lengths, **kwargs):
     seed=st.integers(0, 2**31), K=st.sampled_from([None, 1, 3, 5]), B=st.sampled_from([1, 4, 37, 1500]),
     has_reference=st.booleans(), average=st.booleans(), dynamic=st.booleans(), smooth=st.booleans(),
     sft=st.sampled_from([0.0, 0.3]), scale=st.sampled_from([1.0, 30.0, 1e4]),
+    estimators=st.lists(st.sampled_from(["released", "paper", "moment"]), min_size=5, max_size=5),
 )  # fmt: skip
-def test_fused_objective_is_the_plain_one(seed, K, B, has_reference, average, dynamic, smooth, sft, scale):
+def test_fused_objective_is_the_plain_one(seed, K, B, has_reference, average, dynamic, smooth, sft, scale, estimators):
     g = torch.Generator().manual_seed(seed)
     rows = (B,) if K is None else (K, B)
     pc, pr = scale * torch.randn(B, generator=g), scale * torch.randn(rows, generator=g)
     refs = (scale * torch.randn(B, generator=g), scale * torch.randn(rows, generator=g))
     lengths = (torch.randint(1, 9, (B,), generator=g), torch.randint(1, 9, rows, generator=g))
     fixed = [None, 0.0, None, 1.0, 0.3]
-    negatives = {
-        str(k): Negative(alpha=[0.01, 0.5][k % 2], margin=("sum", "mean")[k % 2], q=fixed[k], weight=0.2 + 0.1 * k)
-        for k in range(K or 1)
-    }
+    negatives = {}
+    for k in range(K or 1):
+        alpha, margin = ((0.01, "sum"), (0.5, "mean"))[k % 2]
+        negatives[str(k)] = Negative(alpha, margin, fixed[k], weight=0.2 + 0.1 * k, estimator=estimators[k])
     recipe = Recipe(
         negatives, weights="dynamic" if dynamic else "fixed", average_logps=average, sft_weight=sft, decay=0.5
     )
-    kwargs = {"recipe": recipe, "previous_q": torch.full(() if K is None else (K,), 0.7) if smooth else None}
+    history = torch.tensor([0.5, 700.0])[:, None].expand(2, K or 1)  # a mean and a mean square, in no order of memory
+    previous = (history[:, 0] if K is None else history) if smooth else None
+    kwargs = {"recipe": recipe, "previous_moments": previous}
     args = (pc, pr, refs if has_reference else (None, None), lengths)
     with pytest.MonkeyPatch.context() as patch:
         exact = run_objective(patch, False, torch.float64, *args, **kwargs)
@@ -65,7 +68,7 @@ def test_fused_objective_meets_nan_as_the_plain_one(monkeypatch):
     pc = torch.tensor([float("nan"), -3.0])
     args = (pc, torch.zeros(2), (torch.zeros(2), torch.zeros(2)), (torch.ones(2), torch.ones(2)))
     for fused in (False, True):
-        losses, *_, q, _, _, _ = run_objective(monkeypatch, fused, torch.float32, *args)
+        losses, *_, q, _, _, _, _, _ = run_objective(monkeypatch, fused, torch.float32, *args)
         assert losses.isnan().all()  # one q for the batch: what it was read from is lost for all
         assert q.isnan()
 
@@ -84,16 +87,16 @@ def test_fused_objective_in_two_halves(monkeypatch):
 
 def test_fused_objective_reads_strided_arguments(monkeypatch):
     """Columns of larger tensors, as a caller keeps a history."""
-    logps, history = -50 * torch.rand(4, 8), torch.rand(3, 2)
+    logps, history = -50 * torch.rand(4, 8), torch.rand(2, 3, 5)
     args = (logps[:, 0], logps[:, 1:4].t(), logps[:, 4], logps[:, 5:8].t())
     outs = []
     for fused in (False, True):
         monkeypatch.setattr(objective, "_can_fuse", lambda *_, fused=fused: fused)
-        outs.append(napo_loss(*args, recipe=Recipe(Negative(), decay=0.5), previous_q=history[:, -1]))
+        outs.append(napo_loss(*args, recipe=Recipe(Negative(), decay=0.5), previous_moments=history[..., -1]))
     torch.testing.assert_close(outs[1].q, outs[0].q)
     torch.testing.assert_close(outs[1].losses, outs[0].losses)
-    with pytest.raises(ValueError, match=r"previous_q must be the .q of the step before, \[3\], got shape \[3, 4\]"):
-        napo_loss(*args, recipe=Recipe(Negative(), decay=0.5), previous_q=torch.rand(3, 4))
+    with pytest.raises(ValueError, match=r"the moments of the step before, \[2, 3\], got shape \[2, 3, 4\]"):
+        napo_loss(*args, recipe=Recipe(Negative(), decay=0.5), previous_moments=torch.rand(2, 3, 4))
 
 
 @pytest.fixture
@@ -130,11 +133,11 @@ def test_logits_kernels_stay_inside_their_buffers(guard_bands, V, dtype):
 
 @pytest.mark.parametrize(("K", "B"), [(1, 1), (3, 5), (5, 1100)])
 def test_objective_kernel_stays_inside_its_buffers(guard_bands, K, B):
-    logps = BatchLogps(*(torch.randn(B), torch.randn(K, B)) * 2, torch.ones(B), torch.ones(K, B))
     recipe = Recipe(weights="dynamic", average_logps=True)
-    call = objective_ops.ObjectiveCall.of(PreferenceBatch(logps, (Negative(),) * K, stacked=True), 0.1, recipe)
+    row, rows = (SequenceLogps(torch.randn(shape), torch.ones(shape)) for shape in ((B,), (K, B)))
+    call = objective_ops.ObjectiveCall.of(PreferenceBatch.of(row, rows, row, rows, recipe), 0.1, recipe)
     objective_ops.objective(**call.to_schema())
-    assert len(guard_bands) == 7
+    assert len(guard_bands) == 8
 
 
 @given(st.integers(1, 10**6), st.integers(1, 300_000), st.sampled_from([2, 4]), st.booleans())

@@ -98,7 +98,7 @@ def assert_the_rest_is_the_same(results, expected, folder, *, gradients=True):
     assert_same(resumed, expected["resumed"], gradients=gradients)
     for name, weight in kept["weights"].items():
         assert torch.equal(resumed["weights"][name], weight), name
-    close(resumed["q"], kept["q"], "q")
+    close(resumed["moments"], kept["moments"], "moments")
     assert "but the train dataset is in memory" in results["in memory"]
 
 

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from napo_loss import (
-    DEFAULT_NEGATIVES,
+    RELEASED,
     Negative,
     Recipe,
     SequenceLogps,
+    margin_moments,
     napo_loss,
     noise_aware_dpo_loss,
     noise_level,
     reference,
 )
-from napo_loss.objective.eager import dynamic_weights
 
 batches = st.integers(1, 9)
 seeds = st.integers(0, 2**31)
@@ -171,14 +171,6 @@ def test_noise_level_is_detached_and_bounded():
     assert noise_level(-margin, bounds=(0.2, 0.9)) == pytest.approx(0.9)
 
 
-def test_smoothing_is_a_function_of_the_previous_value():
-    margin = torch.full((4,), 50.0)
-    q = noise_level(margin)
-    assert noise_level(margin, previous=None, decay=0.9) == q
-    torch.testing.assert_close(noise_level(margin, previous=1.0, decay=0.9), 0.9 + 0.1 * q)
-    torch.testing.assert_close(noise_level(margin, previous=torch.tensor(1.0), decay=0.9), 0.9 + 0.1 * q)
-
-
 def test_q_depends_on_accumulation_unless_the_caller_estimates_it_once():
     pc, pr, rc, rr = four(7, 8, scale=40.0)
     pr[:4] -= 200  # the first micro-batch is already learned, the second is not
@@ -213,8 +205,8 @@ def released(pc, negatives, rc, references, lengths, beta=0.1):
     return total, qs
 
 
-@given(seeds, st.integers(1, 6), st.permutations(list(DEFAULT_NEGATIVES)))
-def test_the_defaults_are_what_the_released_code_runs_with_fixed_weights(seed, B, names):
+@given(seeds, st.integers(1, 6), st.permutations(list(RELEASED.named)))
+def test_fixed_weights_are_a_triple_of_the_released_code(seed, B, names):
     pc, pr, rc, rr = four(seed, B, K=3, scale=300.0)
     length = {name: 1 + logps(seed + i, B).abs().round() for i, name in enumerate(["chosen", *names])}
     out = napo_loss(
@@ -222,6 +214,7 @@ def test_the_defaults_are_what_the_released_code_runs_with_fixed_weights(seed, B
         {name: SequenceLogps(pr[k], length[name]) for k, name in enumerate(names)},
         rc,
         {name: rr[k] for k, name in enumerate(names)},
+        recipe=Recipe(weights="fixed"),
     )
     arrays = [{name: x[k].numpy() for k, name in enumerate(names)} for x in (pr, rr)]
     losses, qs = released(pc.numpy(), arrays[0], rc.numpy(), arrays[1], {n: x.numpy() for n, x in length.items()})
@@ -279,28 +272,12 @@ def test_reference_free_sft_and_average():
     torch.testing.assert_close(average.losses, expected.losses)
 
 
-def test_dynamic_weights_are_shares_with_a_floor():
-    torch.testing.assert_close(dynamic_weights(torch.tensor([3.0, 1.0])), torch.tensor([0.75, 0.25]))
-    torch.testing.assert_close(dynamic_weights(torch.tensor([1.0, 0.0])), torch.tensor([1.0, 0.01]))
-    torch.testing.assert_close(dynamic_weights(torch.tensor([2.0, -1.9])), torch.tensor([1.0, 0.01]))
-    for nothing in ([0.0, 0.0], [-1.0, -3.0]):
-        torch.testing.assert_close(dynamic_weights(torch.tensor(nothing)), torch.tensor([0.5, 0.5]))
-    pc, pr, rc, rr = four(2, 6, K=3)
-    out = napo_loss(pc, pr, rc, rr, recipe=Recipe(weights="dynamic"))
-    torch.testing.assert_close(out.weights, dynamic_weights(0.1 * ((pc - pr) - (rc - rr)).mean(-1)))
-
-
-def test_per_sample_scope_and_smoothing_over_steps():
+def test_each_pair_has_a_q_of_its_own():
     inputs = four(4, 5, K=2, scale=300.0)
     each = napo_loss(*inputs, recipe=Recipe(q_from="each_pair"))
     assert each.q.shape == (2, 5)
-    recipe = Recipe({"a": Negative(), "b": Negative(q=0.2)}, decay=0.5)
-    now = napo_loss(*inputs, recipe=recipe)
-    smooth = napo_loss(*inputs, recipe=recipe, previous_q=torch.tensor([1.0, 1.0]))
-    torch.testing.assert_close(smooth.q[0], 0.5 + 0.5 * now.q[0])
-    assert smooth.q[1] == pytest.approx(0.2)  # a fixed q is not smoothed
-    single = napo_loss(*four(4, 5), recipe=Recipe(decay=0.5), previous_q=1.0)
-    assert single.q.shape == ()
+    assert each.moments.shape == (2, 2, 5)
+    torch.testing.assert_close(each.q[0, 0], napo_loss(*(x[..., :1] for x in inputs)).q[0])
 
 
 def test_gradients_flow_to_the_policy_alone():
@@ -411,13 +388,24 @@ def test_q_must_fit():
     [
         ({"alpha": 0.0}, "alpha must be a finite number > 0, got 0.0"),
         ({"bounds": (0.5, 0.1)}, "bounds must satisfy"),
+        ({"estimator": "median"}, r"estimator must be one of .*'released', 'paper', 'moment'.*, got 'median'"),
+        ({"estimator": "moment", "alpha": 0.5}, "estimator='moment' has no slope, got alpha = 0.5"),
+        ({"estimator": "moment", "q_from": "each_pair"}, "leaves it one pair"),
         ({"q_from": "sum"}, "q_from must be one of .*'rank_means', 'all_pairs', 'each_pair'.*, got 'sum'"),
-        ({"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_bad_estimator_settings(kwargs, message):
     with pytest.raises(ValueError, match=message):
         noise_level(torch.zeros(2), **kwargs)
+
+
+def test_bad_moments():
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1.0"):
+        margin_moments(torch.zeros(2), decay=1.0)
+    with pytest.raises(ValueError, match=r"previous must be the moments of the step before, \[2, 3\], got shape \[2\]"):
+        margin_moments(torch.zeros(3, 4), previous=margin_moments(torch.zeros(4)), decay=0.5)
+    with pytest.raises(TypeError, match="previous must be the moments of the step before, got float"):
+        margin_moments(torch.zeros(3), previous=0.5, decay=0.5)
 
 
 def test_bad_margins():
@@ -433,6 +421,7 @@ def test_bad_margins():
         ({"alpha": 0.0}, "Negative.alpha must be > 0"),
         ({"margin": "median"}, "Negative.margin must be 'sum' or 'mean', got 'median'"),
         ({"weight": -1.0}, "Negative.weight must be >= 0"),
+        ({"estimator": "mean"}, r"Negative.estimator must be one of .*'moment'.*, got 'mean'"),
     ],
 )
 def test_bad_negatives(settings, message):
@@ -447,6 +436,8 @@ def test_bad_negatives(settings, message):
         ({"q_from": "max"}, "Recipe.q_from must be"),
         ({"sft_weight": -1.0}, "Recipe.sft_weight must be >= 0"),
         ({"decay": -0.1}, r"Recipe.decay must be in \[0, 1\)"),
+        ({"decay": 0.1, "q_from": "each_pair"}, "decay = 0.1 has nothing to smooth with q_from='each_pair'"),
+        ({"negatives": Negative(estimator="moment"), "q_from": "each_pair"}, "leaves it one pair"),
     ],
 )
 def test_bad_recipes(settings, message):
@@ -466,8 +457,10 @@ def test_names_and_counts_must_agree():
         napo_loss(row, {}, row, {})
     with pytest.raises(ValueError, match=r"every negative in policy_rejected_logps must have shape \[B\]"):
         napo_loss(row, {"a": row, "b": torch.zeros(3)}, row, {"a": row, "b": torch.zeros(3)})
-    with pytest.raises(ValueError, match=r"previous_q must be the .q of the step before"):
-        napo_loss(row, rows, row, rows, previous_q=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"previous_moments must be the moments of the step before, \[2, 3\], got"):
+        napo_loss(row, rows, row, rows, previous_moments=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"previous_moments must be the moments of the step before, \[2\], got"):
+        napo_loss(row, row, row, row, previous_moments=torch.zeros(2, 1))
 
 
 def test_means_need_lengths():

@@ -42,7 +42,8 @@ def test_opcheck_objective():
         torch.randn(4, requires_grad=True), torch.randn(2, 4, requires_grad=True), torch.zeros(4), torch.zeros(2, 4),
         torch.ones(4), torch.ones(2, 4),
     )  # fmt: skip
-    batch = PreferenceBatch(logps, (Negative(alpha=0.01), Negative(alpha=0.5, margin="mean", q=0.2)), stacked=True)
+    negatives = (Negative(alpha=0.01), Negative(alpha=0.5, margin="mean", q=0.2))
+    batch = PreferenceBatch(logps, negatives, dynamic=True, average=False, stacked=True)
     call = objective_ops.ObjectiveCall.of(batch, 0.1, Recipe())
     opcheck(objective_ops.objective, tuple(call.to_schema().values()))
     detached = replace(call, logps=BatchLogps(*(x.detach() for x in logps)))
@@ -51,7 +52,8 @@ def test_opcheck_objective():
 
 
 def test_a_call_survives_its_schema():
-    batch = PreferenceBatch(BatchLogps(*[torch.rand(2)] * 4, None, None), (Negative(q=0.25), Negative()), stacked=True)
+    logps = BatchLogps(*[torch.rand(2)] * 4, None, None)
+    batch = PreferenceBatch(logps, (Negative(q=0.25), Negative()), dynamic=False, average=False, stacked=True)
     call = objective_ops.ObjectiveCall.of(batch, 0.1, Recipe(sft_weight=0.5, decay=0.25))
     schema = call.to_schema()
     assert list(schema) == list(call.SCHEMA)

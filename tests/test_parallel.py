@@ -14,9 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import scale
 from napo_loss import (
+    Negative,
     Recipe,
     SequenceLogps,
     all_reduce_logps,
+    margin_moments,
     napo_loss,
     noise_aware_dpo_loss,
     noise_level,
@@ -27,7 +29,9 @@ from ranks import Wire, examples
 
 seeds = st.integers(0, 2**31)
 RECIPES = [
-    Recipe(weights=weights, q_from=q_from) for weights in ("fixed", "dynamic") for q_from in ("rank_means", "all_pairs")
+    Recipe(Negative(estimator=estimator), weights=weights, q_from=q_from)
+    for estimator, weights in (("released", "fixed"), ("paper", "dynamic"), ("moment", "dynamic"))
+    for q_from in ("rank_means", "all_pairs")
 ]
 
 
@@ -38,15 +42,21 @@ def margins_of(seed, K, counts):
 
 
 def expected_settings(margins, recipe):
-    """q and weights, written out."""
+    """Moments, q and weights, written out in float64."""
+    margins = [m.double() for m in margins]
     if recipe.q_from == "all_pairs":
-        mean = torch.cat(margins, 1).mean(1)
+        mean, square = (torch.cat(margins, 1) ** power for power in (1, 2))
+        mean, square = mean.mean(1), square.mean(1)
     else:
-        mean = torch.stack([m.mean(1) for m in margins if m.shape[1]]).mean(0)
-    gain = (0.1 * mean).clamp_min(0)
-    share = gain / gain.sum() if gain.sum() > 0 else torch.full_like(gain, 1 / len(gain))
-    weights = share.clamp_min(0.01) if recipe.weights == "dynamic" else torch.full_like(mean, 1 / len(mean))
-    return (2 * torch.sigmoid(-0.01 * mean)).clamp(0.001, 1), weights
+        mean, square = (torch.stack([(m**power).mean(1) for m in margins if m.shape[1]]).mean(0) for power in (1, 2))
+    q = {
+        "released": (2 * torch.sigmoid(-0.01 * mean)).clamp(0.001, 1),
+        "paper": torch.sigmoid(-0.01 * 0.1 * mean).clamp(0.01, 1),
+        "moment": (1 - mean / square.sqrt()).clamp(0.001, 1),
+    }[recipe.negatives.estimator]
+    gain = mean.clamp_min(0) + 0.05
+    weights = (gain / gain.sum()).clamp_min(0.01) if recipe.weights == "dynamic" else torch.ones_like(mean)
+    return torch.stack([mean, square]).float(), q.float(), weights.float()
 
 
 @contextmanager
@@ -66,15 +76,20 @@ def check_q(group, seed, K, counts, fused):
     found = []
     with objective_is(fused):
         for recipe in RECIPES:
-            q, weights = expected_settings(margins, recipe)
+            moments, q, weights = expected_settings(margins, recipe)
             out = napo_loss(zeros, -mine, None, None, recipe=recipe, process_group=group)
             torch.testing.assert_close(out.q, q, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(out.weights, weights, rtol=1e-4, atol=1e-5)
             assert out.losses.shape == zeros.shape
             assert torch.isfinite(out.losses).all()
-            alone = noise_level(mine, q_from=recipe.q_from, process_group=group)
-            torch.testing.assert_close(alone, q, rtol=1e-4, atol=1e-5)
-            found += [out.q, out.weights, alone]
+            torch.testing.assert_close(out.moments, moments, rtol=1e-4, atol=1e-4)
+            alone = margin_moments(mine, q_from=recipe.q_from, process_group=group)
+            torch.testing.assert_close(torch.stack(alone), moments, rtol=1e-4, atol=1e-4)
+            estimator = recipe.negatives.estimator
+            seen = 0.1 * mine if estimator == "paper" else mine  # β is inside the margin that the paper's q reads
+            level = noise_level(seen, estimator=estimator, q_from=recipe.q_from, process_group=group)
+            torch.testing.assert_close(level, q, rtol=1e-4, atol=1e-5)
+            found += [out.q, out.weights, out.moments, level]
     return found
 
 
@@ -91,6 +106,7 @@ def test_q_and_weights_are_global(ranks, fused, seed, K, counts):
 def check_no_pair_anywhere(group):
     out = napo_loss(torch.zeros(0), torch.zeros(2, 0), None, None, process_group=group)
     assert out.losses.shape == (0,)
+    assert (out.moments == 0).all()
     assert (out.q == 1).all()  # as at the start: no evidence of a margin, and no NaN to smooth the next q with
 
 

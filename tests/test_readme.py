@@ -136,6 +136,49 @@ def test_the_subclass_for_trl_computes_the_loss_of_ours(tmp_path):
     torch.testing.assert_close(losses[0], losses[1])
 
 
+def test_the_published_run_has_the_settings_of_its_table(tmp_path, monkeypatch):
+    from trl import DPOConfig
+
+    monkeypatch.chdir(tmp_path)
+    page = read("docs/reproduce.md")
+    config = run(blocks(page)[0])["config"]
+    theirs = DPOConfig("out", use_cpu=True)
+    for row in table(page, "setting")[1:]:
+        name = row[0].strip("`")
+        values = [getattr(getattr(c, name), "value", getattr(c, name)) for c in (config, theirs)]
+        assert [row[1], row[3].partition(";")[0]] == [str(value) for value in values], name
+    assert config.get_warmup_steps(1000) == 100
+    assert (-(-83_132 // 32)) * config.num_train_epochs == 10_392  # what the page says of the batch
+
+
+def test_the_published_run_takes_a_step_on_a_toy(tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    import tiny
+    from napo_loss import RELEASED
+    from napo_loss.trl import NaPOTrainer
+
+    monkeypatch.chdir(tmp_path)
+    config = run(blocks(read("docs/reproduce.md"))[0])["config"]
+    config.max_steps, config.save_strategy, config.learning_rate = 2, "no", 1e-2
+    model = tiny.llava()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    reference = copy.deepcopy(model)
+    (frozen,) = re.findall(r"^model\.model\.(\w+)\.requires_grad_\(False\)", read("docs/reproduce.md"), re.MULTILINE)
+    getattr(model.model, frozen).requires_grad_(False)
+    (columns,) = re.findall(r"^columns = (\[.*\])$", read("docs/reproduce.md"), re.MULTILINE)
+    rows = [{**row, "image": row["images"][0]} for row in tiny.vision_pairs(8)]
+    dataset = Dataset.from_list(rows).select_columns(json.loads(columns))
+    trainer = NaPOTrainer(model, reference, config, train_dataset=dataset, processing_class=tiny.processor())
+    trainer.train()
+    assert dict(trainer.recipe.named) == dict(RELEASED.named)
+    assert trainer.recipe.weights == "dynamic"
+    for name, p in trainer.model.named_parameters():
+        if frozen in name:
+            assert torch.equal(p, before[name]), name
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
 def anchors(text: str) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -193,7 +236,7 @@ def differences(*cells: tuple[str, str, str]) -> list[str]:
 
 
 LANGUAGE, VISION, ALL = "person's favourite ≠ picture", "usual question ≠ this question", "all questions"
-DPO, SAME, EQUAL = "NaPO minus DPO", "NaPO minus DPO, group", "the same, equal weights"
+DPO, SAME, EQUAL = "NaPO minus DPO", "NaPO minus DPO, all negatives", "the same, equal weights"
 
 
 @pytest.mark.parametrize(
@@ -227,7 +270,7 @@ def test_the_shares_on_the_demo_page_are_those_of_its_run():
         arm: share["last step"] for arm, share in result["share of the gradient that teaches the wrong answer"].items()
     }
     wanted = [right["question_only"], right["image_only"], last["DPO"], last["NaPO"]]
-    wanted += [last["DPO, group, equal weights"], last["NaPO, equal weights"]]
+    wanted += [last["DPO, all negatives, equal weights"], last["NaPO, equal weights"]]
     assert re.findall(r"(\d+) %", page.partition("## Why")[2]) == [f"{100 * share['mean']:.0f}" for share in wanted]
     made = report["environment"]
     assert f"{report['seconds']:.0f} s on a {made['cores']}-core {made['cpu']}; torch {made['torch']}" in page
@@ -239,3 +282,44 @@ def test_the_table_of_alpha_is_the_rule_solved_for_the_margin():
         for name, cell in zip(head[2:], row[2:], strict=True):
             q = float(re.findall(r"[\d.]+", name)[0])
             assert cell.split()[0] == f"{math.log(2 / q - 1) / float(row[0]):.3g}"
+
+
+def test_the_estimators_on_the_method_page_are_those_of_the_code():
+    from napo_loss import noise_level
+    from napo_loss.objective.estimators import BOUNDS
+
+    zero, far = torch.zeros(2), torch.full((2,), 1e6)
+    for name, _, bounds, start, end in table(read("docs/method.md"), "`estimator`")[1:]:
+        name = name.split('"')[1]
+        assert bounds == str([int(x) if x == 1 else x for x in BOUNDS[name]])
+        assert float(start) == noise_level(zero, estimator=name).item()
+        if name != "moment":
+            assert float(end) == pytest.approx(noise_level(far, estimator=name).item())
+
+
+def test_the_numbers_on_the_method_page():
+    from napo_loss import noise_level
+    from napo_loss.objective import eager
+
+    page = read("docs/method.md")
+
+    def q(*means, estimator="released", **kwargs):
+        return noise_level(torch.tensor(means, dtype=torch.float32), estimator=estimator, **kwargs).item()
+
+    assert "takes 201 nats of mean margin to go from 0.5 to 0.45 and" in page
+    assert "1099 to 0.25; α = 0.5 on per-token means takes 4 and 22 nats per token" in page
+    for alpha, nats, expected in ((0.01, 201, 0.45), (0.01, 1099, 0.25), (0.5, 4, 0.45), (0.5, 22, 0.25)):
+        assert round(q(nats, estimator="paper", alpha=alpha * 0.1), 3) == pytest.approx(expected, abs=6e-4)
+    assert "a released q of 1 and 0.04; the mean of the qs is 0.52, the q of all pairs 0.24" in page
+    found = q(0.0), q(400.0), (q(0.0) + q(400.0)) / 2, q(0.0, 400.0)
+    assert [round(x, 2) for x in found] == [1, 0.04, 0.52, 0.24]
+    draw = torch.Generator().manual_seed(0)
+    spread = 1 + torch.randn(100_000, generator=draw)
+    assert "0.29 for $v = 1$" in page
+    assert noise_level(spread, estimator="moment").item() == pytest.approx(0.29, abs=0.01)
+    flips = 1 - 2 * (torch.rand(4000, 32, generator=draw) < 0.25).float()
+    assert "which is 0.15 for 32 pairs and a quarter flipped" in page
+    assert noise_level(flips, estimator="moment").std().item() == pytest.approx(0.15, abs=0.01)
+    assert (eager.WEIGHT_FLOOR, eager.WEIGHT_PRIOR) == (0.01, 0.05)
+    assert r"\max\Bigl(0.01," in page
+    assert r"\epsilon = 0.05\ \text{nat}" in page

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from napo_loss import (
-    DEFAULT_NEGATIVES,
+    RELEASED,
     LowRank,
     NaPOLoss,
     NaPOOutput,
@@ -48,7 +48,8 @@ SETTINGS = [
     Recipe(),
     Recipe(Negative(alpha=0.5, margin="mean"), decay=0.5),
     Recipe({"a": Negative(), "b": {"q": 0.0}}, weights="dynamic"),
-    Recipe(DEFAULT_NEGATIVES),
+    RELEASED,
+    Recipe(dict(RELEASED.negatives), decay=0.5),
 ]
 WALKS = {
     "tree_map": lambda record, f: tree_map(f, record),
@@ -210,7 +211,7 @@ def test_a_dict_stands_for_a_negative():
 @pytest.mark.parametrize(
     ("negatives", "error", "message"),
     [
-        ({"a": {"gamma": 1}}, ValueError, r"negatives\['a'\] = .*'gamma', a Negative has alpha, margin, q, weight"),
+        ({"a": {"gamma": 1}}, ValueError, r"negatives\['a'\] = .*'gamma', a Negative has alpha, .*, estimator"),
         ({"gamma": 1}, ValueError, r"Recipe.negatives = .*unexpected keyword argument 'gamma'"),
         ({"a": {"q": 2.0}}, ValueError, r"negatives\['a'\] = \{'q': 2.0\}: Negative.q must be None or in \[0, 1\]"),
         ({"a": {"alpha": "0.5"}}, TypeError, r"negatives\['a'\] = .*: Negative.alpha must be a number, got '0.5'"),
@@ -317,38 +318,38 @@ def test_the_module_is_the_function():
     assert repr(NaPOLoss(0.2)).startswith("NaPOLoss(beta=0.2, recipe=Recipe(")
 
 
-def test_the_module_keeps_the_previous_q():
+def test_the_module_keeps_the_previous_moments():
     recipe = Recipe({"a": Negative(), "b": Negative(q=0.25)}, decay=0.5)
-    module, q = NaPOLoss(recipe=recipe), None
+    module, kept = NaPOLoss(recipe=recipe), None
     assert module.state_dict() == {}
     for step in range(3):
         logps = [-300 * torch.rand(4), -300 * torch.rand(2, 4), -300 * torch.rand(4), -300 * torch.rand(2, 4)]
-        expected = napo_loss(*logps, recipe=recipe, previous_q=q)
+        expected = napo_loss(*logps, recipe=recipe, previous_moments=kept)
         assert_same(module(*logps), expected)
-        q = expected.q
-        torch.testing.assert_close(module.previous_q, q)
+        kept = expected.moments
+        torch.testing.assert_close(module.previous_moments, kept)
         if step == 1:  # evaluation neither reads nor moves it
             assert_same(module.eval()(*logps), napo_loss(*logps, recipe=recipe))
-            torch.testing.assert_close(module.train().previous_q, q)
+            torch.testing.assert_close(module.train().previous_moments, kept)
     resumed = NaPOLoss(recipe=recipe)
     resumed.load_state_dict(module.state_dict())
     assert_same(resumed(*logps), module(*logps))
     inside = nn.ModuleDict({"loss": NaPOLoss(recipe=recipe)})
-    inside.load_state_dict({"loss.previous_q": q})
-    torch.testing.assert_close(inside["loss"].previous_q, q)
+    inside.load_state_dict({"loss.previous_moments": kept})
+    torch.testing.assert_close(inside["loss"].previous_moments, kept)
     fresh = NaPOLoss(recipe=recipe)
     module.load_state_dict(fresh.state_dict())  # of a run that has not begun
-    assert module.previous_q is None
+    assert module.previous_moments is None
     twins = copy.deepcopy(resumed), pickle.loads(pickle.dumps(resumed))
     expected = resumed(*logps)
     for twin in twins:
         assert_same(twin(*logps), expected)
-    assert resumed.to(torch.float64).previous_q.dtype == torch.float64
+    assert resumed.to(torch.float64).previous_moments.dtype == torch.float64
 
 
 def test_the_module_keeps_nothing_where_nothing_is_smoothed():
     logps = [-20 * torch.rand(4) for _ in range(4)]
-    for recipe in (Recipe(), Recipe(q_from="each_pair", decay=0.5)):
+    for recipe in (Recipe(), Recipe(q_from="each_pair")):
         module = NaPOLoss(recipe=recipe)
         module(*logps)
         assert module.state_dict() == {}

@@ -95,9 +95,9 @@ def test_loss_and_gradient_are_those_computed_by_hand(kind, columns, options, tm
     policy = logps_by_hand(trainer.model, batch).pairs(K)
     with torch.no_grad():
         ref = logps_by_hand(trainer.ref_model, batch).pairs(K)
-    # One negative, unnamed and named, is Negative(); several have the paper's settings by name.
+    # One negative, unnamed and named, is Negative(); several have those of RELEASED by name.
     recipe = Recipe(
-        weights=options.get("negative_weights", "fixed"), average_logps=options.get("average_logps", False),
+        weights=options.get("negative_weights"), average_logps=options.get("average_logps", False),
         sft_weight=options.get("sft_weight", 0.0),
     )  # fmt: skip
     if K == 1:
@@ -147,7 +147,9 @@ def test_metrics_per_negative(tmp_path):
         share = (rewards[0] > rewards[k]).double().mean().item()
         assert logged[f"rewards/accuracies/{name}"] == pytest.approx(share)
         assert logged[f"logps/{name}"] == pytest.approx(policy[k].mean().item(), rel=1e-5)
-    assert [logged[f"napo/weight/{name}"] for name in PAPER] == pytest.approx([0.04, 0.48, 0.48])
+    gains = ((rewards[0] - rewards[1:]) / 0.1).mean(1).clamp_min(0) + 0.05
+    weights = (gains / gains.sum()).clamp_min(0.01).tolist()
+    assert [logged[f"napo/weight/{name}"] for name in PAPER] == pytest.approx(weights, rel=1e-4)
     assert logged["napo/q/rejected"] == 0
     margin = 10 * (rewards[0] - rewards[3]).mean()
     assert logged["napo/q/image_only"] == pytest.approx((2 * torch.sigmoid(-0.01 * margin)).clamp(max=1).item())
@@ -215,17 +217,18 @@ def test_a_negative_of_any_name_with_its_own_settings(tmp_path):
     assert text == "mat </s>"
 
 
-def test_smoothed_q_survives_a_checkpoint(tmp_path):
+def test_smoothed_moments_survive_a_checkpoint(tmp_path):
     options = {"q_decay": 0.9, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = trainer_for("text", tmp_path / "whole", **options)
     whole.train()
     assert (tmp_path / "whole/checkpoint-2" / STATE_FILE).exists()
     resumed = trainer_for("text", tmp_path / "resumed", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
-    torch.testing.assert_close(resumed.q, whole.q)
-    held = whole.q.clone()
-    whole.evaluate(whole.train_dataset)  # reads no previous q, leaves none behind
-    assert torch.equal(whole.q, held)
+    moments = whole.napo.previous_moments
+    torch.testing.assert_close(resumed.napo.previous_moments, moments)
+    held = moments.clone()
+    whole.evaluate(whole.train_dataset)  # reads none, leaves none behind
+    assert torch.equal(whole.napo.previous_moments, held)
 
 
 # Data: further negatives are prepared as TRL prepares `rejected`.
@@ -500,12 +503,12 @@ def test_bad_settings(options, message, tmp_path):
 
 
 def test_settings_that_contradict_each_other_or_the_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match="q_decay has nothing to smooth with q_from='each_pair'"):
+    with pytest.raises(ValueError, match=r"decay = 0\.9 has nothing to smooth with q_from='each_pair'"):
         trainer_for("text", tmp_path, q_decay=0.9, q_from="each_pair")
     trainer_for("text", tmp_path, q_decay=0.9, save_strategy="steps", save_steps=2).train()
     other = trainer_for("text", tmp_path, columns=["rejected"], q_decay=0.9, max_steps=3)
     with pytest.raises(
-        ValueError, match=r"holds q for \['rejected', 'question_only', 'image_only'\], but the negatives"
+        ValueError, match=r"holds moments for \['rejected', 'question_only', 'image_only'\], but the negatives"
     ):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 

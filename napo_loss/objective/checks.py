@@ -97,11 +97,24 @@ def check_q(q: float | Tensor, margin: Tensor) -> None:
 Q_FROM = ("rank_means", "all_pairs", "each_pair")
 
 
-def check_estimator(bounds: tuple[float, float], q_from: str, decay: float) -> None:
+def check_bounds(bounds: tuple[float, float]) -> None:
     low, high = bounds
     if not 0 <= low <= high <= 1:
         raise ValueError(f"bounds must satisfy 0 <= low <= high <= 1, got {bounds}")
+
+
+def check_mean(q_from: str, decay: float) -> None:
     if q_from not in Q_FROM:
         raise ValueError(f"q_from must be one of {Q_FROM}, got {q_from!r}")
     if not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), got {decay}")
+
+
+def check_previous(name: str, previous: object, shape: torch.Size) -> None:
+    """The moments of the step before, of as many negatives."""
+    if not isinstance(previous, Tensor):
+        raise TypeError(f"{name} must be the moments of the step before, got {type(previous).__name__}")
+    if previous.shape != shape:
+        raise ValueError(
+            f"{name} must be the moments of the step before, {list(shape)}, got shape {list(previous.shape)}"
+        )

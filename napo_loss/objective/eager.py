@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from napo_loss.backend import upcast
-from napo_loss.objective.estimators import Q_BOUNDS, q_of, smooth
+from napo_loss.objective.estimators import BOUNDS, Moments, q_of, smooth
 from napo_loss.objective.negatives import PreferenceBatch
 from napo_loss.objective.recipes import Negative, Recipe
 from napo_loss.parallel.reductions import mean_over_group
@@ -22,14 +22,17 @@ MIN_Q = 1e-30
 """Below this q·log p may be a float32 denormal; L_q there equals DPO to the last bit."""
 
 WEIGHT_FLOOR = 0.01
-"""The smallest share a negative keeps under dynamic weights."""
+"""The smallest share a negative keeps under dynamic weights, as the paper prints."""
+
+WEIGHT_PRIOR = 0.05
+"""Nats that every negative has learned already, to dynamic weights: against them rounding noise is nothing."""
 
 
 def objective(
     batch: PreferenceBatch,
     beta: float | Tensor,
     recipe: Recipe,
-    previous_q: Tensor | None,  # [K] or [K, B]
+    previous_moments: Tensor | None,  # [2, K]
     process_group: ProcessGroup | None,
 ) -> NaPOOutput:
     """The objective in plain tensor operations, differentiable any number of times."""
@@ -37,45 +40,46 @@ def objective(
     chosen = log_ratio(logps.policy_chosen, logps.reference_chosen)  # [B]
     rejected = log_ratio(logps.policy_rejected, logps.reference_rejected)  # [K, B]
     sft = recipe.sft_weight * upcast(logps.policy_chosen)
-    margins = {"sum": chosen - rejected}
+    by_sum = by_mean = chosen - rejected
     if logps.chosen_length is not None and logps.rejected_length is not None:
         chosen_length = logps.chosen_length.clamp_min(MIN_LENGTH)
         rejected_length = logps.rejected_length.clamp_min(MIN_LENGTH)
-        margins["mean"] = chosen / chosen_length - rejected / rejected_length
-        if recipe.average_logps:
+        by_mean = chosen / chosen_length - rejected / rejected_length
+        if batch.average:
             chosen, rejected, sft = chosen / chosen_length, rejected / rejected_length, sft / chosen_length
-    psi = margins["mean" if recipe.average_logps else "sum"]
+    psi = by_mean if batch.average else by_sum
 
-    seen = torch.stack([margins[n.margin][k] if n.q is None else psi[k] for k, n in negatives])
-    means = torch.stack([seen.mean(-1), beta * psi.mean(-1)]).detach()
+    seen = torch.stack([(by_mean if n.q is None and batch.reads_mean(n) else psi)[k] for k, n in negatives]).detach()
+    means = torch.stack([seen.mean(-1), (seen * seen).mean(-1), psi.detach().mean(-1)])  # [3, K]
     by_count = recipe.q_from == "all_pairs"
-    seen_mean, reward_mean = mean_over_group(means, psi.shape[-1], by_count=by_count, process_group=process_group)
-    estimate = seen.detach() if recipe.q_from == "each_pair" else seen_mean
-    previous = [None] * len(negatives) if previous_q is None else previous_q
-    q = torch.stack([_q_of_negative(n, estimate[k], previous[k], recipe.decay) for k, n in negatives])
-    if recipe.weights == "dynamic":
-        weights = dynamic_weights(reward_mean)
+    means = mean_over_group(means, psi.shape[-1], by_count=by_count, process_group=process_group)
+    moments, margins = means[:2], means[2]
+    if recipe.q_from == "each_pair":
+        moments = torch.stack([seen, seen * seen])  # [2, K, B]
+    moments = smooth(moments, previous_moments, recipe.decay)
+    q = torch.stack([_q_of_negative(n, Moments(*moments[:, k]), beta) for k, n in negatives])
+    if batch.dynamic:
+        weights = dynamic_weights(margins)
     else:
-        weights = torch.stack([torch.full_like(reward_mean[k], n.weight) for k, n in negatives])
+        weights = torch.stack([torch.full_like(margins[k], n.weight) for k, n in negatives])
     losses = box_cox(beta * psi, q if q.dim() == 2 else q[:, None])
     losses = (weights[:, None] * losses).sum(0) - sft
-    return NaPOOutput(losses, (beta * chosen).detach(), (beta * rejected).detach(), q, weights)
+    return NaPOOutput(losses, (beta * chosen).detach(), (beta * rejected).detach(), q.detach(), weights, moments)
 
 
-def dynamic_weights(reward_margins: Tensor) -> Tensor:
-    """Each negative's share of the summed mean reward margins, floored at 0.01: the rule that the paper prints.
+def dynamic_weights(margins: Tensor) -> Tensor:
+    """Each negative's share of the summed mean margins, floored at 0.01, from equal shares at the start.
 
-    That rule is undefined when the margins sum to 0 or less, and runs away when they nearly cancel. Here a
-    negative margin counts as 0, which changes nothing while all are positive, and where none is positive the
-    negatives share equally.
+    ``γ_i = max(0.01, (gain_i + ε) / (Σ gain + K·ε))``, ``gain_i = max(ψ̄_i, 0)``, ε = 0.05 nat. The paper prints
+    ``ψ_i / Σ ψ``, in which β cancels: a share of noise while nothing is learned, and undefined where the sum is not
+    positive. Here rounding noise of 0.01 nat moves no weight by more than 0.05; of three negatives the weights agree
+    with the printed ones to 0.03 once the sum is 3.5 nats (rewards of 0.35 at β = 0.1).
 
     Args:
-        reward_margins: ``β·mean ψ`` of each negative, ``[K]``.
+        margins: mean ψ of each negative in nats, of what the loss reads, ``[K]``.
     """
-    gain = reward_margins.clamp_min(0.0)
-    total = gain.sum()
-    share = gain / torch.where(total > 0, total, 1.0)
-    return torch.where(total > 0, share, 1.0 / gain.numel()).clamp_min(WEIGHT_FLOOR)
+    gain = margins.clamp_min(0.0) + WEIGHT_PRIOR
+    return (gain / gain.sum()).clamp_min(WEIGHT_FLOOR)
 
 
 def box_cox(x: Tensor, q: float | Tensor) -> Tensor:
@@ -89,10 +93,12 @@ def box_cox(x: Tensor, q: float | Tensor) -> Tensor:
     return torch.where(q < MIN_Q, -log_p, -torch.expm1(q * log_p) / torch.where(q < MIN_Q, 1.0, q))
 
 
-def _q_of_negative(negative: Negative, margin: Tensor, previous: Tensor | None, decay: float) -> Tensor:
+def _q_of_negative(negative: Negative, moments: Moments, beta: float | Tensor) -> Tensor:
     if negative.q is not None:
-        return torch.full_like(margin, negative.q)
-    return smooth(q_of(margin, negative.alpha, Q_BOUNDS), previous, decay)
+        return torch.full_like(moments.mean, negative.q)
+    # The paper prints β inside the margin that q is read from; the released code does not run it so.
+    alpha = negative.alpha * beta if negative.estimator == "paper" else negative.alpha
+    return q_of(moments, negative.estimator, alpha, BOUNDS[negative.estimator])
 
 
 def log_ratio(policy: Tensor, reference: Tensor | None) -> Tensor:

@@ -1,59 +1,131 @@
-"""How noisy a batch looks: from margins to the robustness q."""
+"""How noisy a batch looks: from margins to their moments, and from those to the robustness q."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from napo_loss.backend import upcast
 from napo_loss.checks import check_group, check_positive
-from napo_loss.objective.checks import check_estimator, check_margin
+from napo_loss.objective.checks import check_bounds, check_margin, check_mean, check_previous
 from napo_loss.parallel.reductions import mean_over_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Q_BOUNDS = (0.001, 1.0)
-"""The range of q that the released code runs; the paper prints [0.01, 1]."""
+ALPHA = 0.01
+"""The paper prints it, and the released code runs it, for margins of sums."""
+
+BOUNDS = {"released": (0.001, 1.0), "paper": (0.01, 1.0), "moment": (0.001, 1.0)}
+"""Smallest and largest q of each estimator: the released code runs the first, the paper prints the second; ours."""
 
 
-def noise_level(
+class Moments(NamedTuple):
+    """What q is read from, detached: of the margins ψ (no β) their mean, nats, and their mean square, nats².
+
+    Scalars for margins ``[B]``, ``[K]`` for ``[K, B]``.
+    """
+
+    mean: Tensor
+    square: Tensor
+
+
+def margin_moments(
     margin: Tensor,
     *,
-    alpha: float = 0.01,
-    bounds: tuple[float, float] = Q_BOUNDS,
     q_from: Literal["rank_means", "all_pairs", "each_pair"] = "rank_means",
     process_group: ProcessGroup | None = None,
-    previous: float | Tensor | None = None,
+    previous: Moments | Tensor | None = None,
     decay: float = 0.0,
-) -> Tensor:
-    r"""How noisy the batch looks, as the robustness q of :func:`noise_aware_dpo_loss`.
+) -> Moments:
+    r"""Mean and mean square of margins, over the ranks of a process group and smoothed over steps where that is asked.
 
-    ``q = clamp(2·(1 − σ(α·m̄)), *bounds)`` with m̄ the mean of ``margin``. At the start of training the margin
-    is 0 and q is 1, the most robust; as the policy learns to tell the pairs apart q falls towards DPO.
+    ``moment = decay·previous + (1 − decay)·mean``. Moments may be averaged and q may not, which is not linear in them:
+    smoothing and ranks come before :func:`noise_level`.
 
     Args:
-        margin: unscaled margins ψ (no β) in nats, ``[B]``, or ``[K, B]`` for K negatives; sums or per-token
-            means, whichever ``alpha`` was chosen for (the paper prints 0.01 for sums, 0.5 for means). Detached here.
-        alpha: slope α > 0.
-        bounds: smallest and largest q, within [0, 1].
-        q_from: what m̄ is. ``"rank_means"``: the mean over ranks of each rank's mean, as the released code runs;
+        margin: margins ψ (no β) in nats, ``[B]``, or ``[K, B]`` for K negatives. Detached here.
+        q_from: what is averaged. ``"rank_means"``: the mean over ranks of each rank's mean, as the released code runs;
             ``"all_pairs"``: the mean over all pairs of all ranks, right for ragged batches; ``"each_pair"``: each
             pair's own margin (no communication).
         process_group: ranks to average over (``torch.distributed.group.WORLD`` for all; None, and so this process
             alone, before ``init_process_group``). ``None``: this process alone; there is no hidden communication.
             A rank without pairs (``[0]`` or ``[K, 0]``) takes part and changes nothing.
-        previous: the q of the step before, to smooth with; ``None`` at the first step.
-        decay: share of ``previous`` that is kept: ``decay·previous + (1 − decay)·q``, in [0, 1).
+        previous: the moments of the step before, to smooth with; ``None`` at the first step.
+        decay: share of ``previous`` that is kept, in [0, 1).
+
+    Returns:
+        :class:`Moments`: scalars for ``[B]``, ``[K]`` for ``[K, B]``, or shaped as ``margin`` with ``"each_pair"``.
+
+    Raises:
+        ValueError: on an empty margin without a process group, more than two dimensions, a decay out of range,
+            ``previous`` of another shape, a process group that this process is not in.
+        TypeError: where ``margin`` is not a floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> from napo_loss import margin_moments, noise_level
+        >>> step = margin_moments(torch.tensor([3.0, -1.0]))
+        >>> step
+        Moments(mean=tensor(1.), square=tensor(5.))
+        >>> step = margin_moments(torch.tensor([4.0, 2.0]), previous=step, decay=0.5)
+        >>> noise_level(step, estimator="moment")
+        tensor(0.2697)
+    """
+    check_group("process_group", process_group)
+    check_margin(margin, may_be_empty=process_group is not None)
+    check_mean(q_from, decay)
+    psi = upcast(margin.detach())
+    moments = torch.stack([psi, psi * psi])  # [2, …, B]
+    if q_from != "each_pair":
+        B, by_count = psi.shape[-1], q_from == "all_pairs"
+        moments = mean_over_group(moments.mean(-1), B, by_count=by_count, process_group=process_group)
+    if previous is not None:
+        previous = torch.stack(tuple(previous)) if isinstance(previous, tuple) else previous
+        check_previous("previous", previous, moments.shape)
+    return Moments(*smooth(moments, previous, decay))
+
+
+def noise_level(
+    margin: Tensor | Moments,
+    *,
+    estimator: Literal["released", "paper", "moment"] = "released",
+    alpha: float | None = None,
+    bounds: tuple[float, float] | None = None,
+    q_from: Literal["rank_means", "all_pairs", "each_pair"] = "rank_means",
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
+    r"""How noisy the batch looks, as the robustness q of :func:`noise_aware_dpo_loss`.
+
+    ========== =============================== ============== ===================================================
+    estimator  q                               within         reads
+    ========== =============================== ============== ===================================================
+    released   ``2·(1 − σ(α·m̄))``              [0.001, 1]     progress: 1 while nothing is learned, then falls
+    paper      ``1 − σ(α·m̄)``                  [0.01, 1]      the same from 0.5; there ψ has β inside: ``β·margin``
+    moment     ``1 − m̄ / √(mean ψ²)``          [0.001, 1]     2ε where a share ε of equal margins is flipped
+    ========== =============================== ============== ===================================================
+
+    with m̄ the mean of the margins. ``moment`` has no α and no scale: it does not change when all margins double.
+
+    Args:
+        margin: margins ψ in nats, ``[B]``, or ``[K, B]`` for K negatives; sums or per-token means, whichever ``alpha``
+            was chosen for (the paper prints 0.01 for sums, 0.5 for means). Detached here. Or their
+            :class:`Moments`, from :func:`margin_moments`, which smooths them over steps.
+        estimator: the rule, see above.
+        alpha: slope α > 0. Default: 0.01. ``"moment"`` has none.
+        bounds: smallest and largest q, within [0, 1]. Default: those of the estimator.
+        q_from: what m̄ is, see :func:`margin_moments`.
+        process_group: ranks to average over, see :func:`margin_moments`.
 
     Returns:
         q, detached: a scalar for ``[B]``, ``[K]`` for ``[K, B]``, or shaped as ``margin`` with ``"each_pair"``.
 
     Raises:
-        ValueError: on an empty margin without a process group, more than two dimensions, α ≤ 0, bounds or decay out
-            of range, a process group that this process is not in.
+        ValueError: on an empty margin without a process group, more than two dimensions, an unknown estimator, α ≤ 0 or
+            an α for ``"moment"``, bounds out of range, ``"moment"`` of each pair, a process group that this process is
+            not in.
         TypeError: where ``margin`` is not a floating-point tensor.
 
     Example:
@@ -63,25 +135,40 @@ def noise_level(
         tensor(1.)
         >>> noise_level(torch.tensor([[100.0, 300.0], [0.0, 20.0]]))  # two negatives
         tensor([0.2384, 0.9500])
+        >>> noise_level(torch.tensor([8.0, 8.0, 8.0, -8.0]), estimator="moment")  # a quarter flipped
+        tensor(0.5000)
 
     Source:
-        The released code of arXiv:2503.17928; the paper prints ``1 − σ(α·m̄)`` with β inside m̄. How q moves in
-        training, with batch size and accumulation: docs/choosing.md.
+        ``released``: the released code of arXiv:2503.17928; ``paper``: its Eq. 2 and 12; ``moment``: ours. How they
+        differ, and what neither can see: docs/method.md.
     """
-    check_group("process_group", process_group)
-    check_margin(margin, may_be_empty=process_group is not None)
-    check_positive("alpha", alpha)
-    check_estimator(bounds, q_from, decay)
-    margin = upcast(margin.detach())
-    if q_from != "each_pair":
-        B, by_count = margin.shape[-1], q_from == "all_pairs"
-        margin = mean_over_group(margin.mean(-1), B, by_count=by_count, process_group=process_group)
-    return smooth(q_of(margin, alpha, bounds), previous, decay)
+    check_estimator(estimator, alpha, q_from)
+    if bounds is not None:
+        check_bounds(bounds)
+    if not isinstance(margin, Moments):
+        margin = margin_moments(margin, q_from=q_from, process_group=process_group)
+    return q_of(margin, estimator, ALPHA if alpha is None else alpha, bounds or BOUNDS[estimator])
 
 
-def q_of(margin: Tensor, alpha: float, bounds: tuple[float, float]) -> Tensor:
-    return (2 * torch.sigmoid(-alpha * margin)).clamp(*bounds)
+def check_estimator(estimator: str, alpha: float | None, q_from: str) -> None:
+    if estimator not in BOUNDS:
+        raise ValueError(f"estimator must be one of {tuple(BOUNDS)}, got {estimator!r}")
+    if alpha is not None:
+        check_positive("alpha", alpha)
+        if estimator == "moment":
+            raise ValueError(f"estimator='moment' has no slope, got alpha = {alpha}: it has no scale to choose")
+    if estimator == "moment" and q_from == "each_pair":
+        raise ValueError("estimator='moment' compares the pairs of a batch: q_from='each_pair' leaves it one pair")
 
 
-def smooth(q: Tensor, previous: float | Tensor | None, decay: float) -> Tensor:
-    return q if previous is None else decay * previous + (1 - decay) * q
+def q_of(moments: Moments, estimator: str, alpha: float | Tensor, bounds: tuple[float, float]) -> Tensor:
+    if estimator == "moment":
+        rms = moments.square.sqrt()
+        q = 1 - moments.mean / torch.where(rms == 0, 1.0, rms)  # 1 where every margin is 0
+    else:
+        q = (2 if estimator == "released" else 1) * torch.sigmoid(-alpha * moments.mean)
+    return q.clamp(*bounds)
+
+
+def smooth(moments: Tensor, previous: Tensor | None, decay: float) -> Tensor:
+    return moments if previous is None else decay * previous + (1 - decay) * moments

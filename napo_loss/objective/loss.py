@@ -93,7 +93,7 @@ def napo_loss(
     *,
     beta: float | Tensor = 0.1,
     recipe: Recipe | None = None,
-    previous_q: float | Tensor | None = None,
+    previous_moments: Tensor | None = None,
     process_group: ProcessGroup | None = None,
     **misplaced_settings: object,
 ) -> NaPOOutput:
@@ -112,7 +112,7 @@ def napo_loss(
         reference_rejected_logps: as ``policy_rejected_logps``; a mapping has the same names.
         beta: strength β > 0, a number or a 0-d tensor.
         recipe: the other settings, see :class:`Recipe`, which also says the defaults.
-        previous_q: the ``.q`` of the step before, where ``recipe.decay > 0`` smooths q.
+        previous_moments: the ``.moments`` of the step before, where ``recipe.decay > 0`` smooths them.
         process_group: ranks over which mean margins are averaged, see :func:`noise_level`. A rank without pairs takes
             part with ``[0]`` and ``[K, 0]``.
 
@@ -151,14 +151,16 @@ def napo_loss(
         policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, recipe,
         may_be_empty=process_group is not None,
     )  # fmt: skip
-    previous = batch.row_per_negative(previous_q, each_pair=recipe.q_from == "each_pair")
+    previous = batch.previous(previous_moments, each_pair=recipe.q_from == "each_pair")
     if not isinstance(beta, Tensor) and _can_fuse(batch, recipe):
         out = _fused(batch, beta, recipe, previous, process_group)
     else:
         out = eager.objective(batch, beta, recipe, previous, process_group)
     if batch.stacked:
         return out
-    return NaPOOutput(out.losses, out.chosen_rewards, out.rejected_rewards[0], out.q[0], out.weights[0])
+    return out._replace(
+        rejected_rewards=out.rejected_rewards[0], q=out.q[0], weights=out.weights[0], moments=out.moments[:, 0]
+    )
 
 
 def _can_fuse(batch: PreferenceBatch, recipe: Recipe) -> bool:
@@ -171,11 +173,11 @@ def _fused(
     batch: PreferenceBatch,
     beta: float,
     recipe: Recipe,
-    previous_q: Tensor | None,  # [K]
+    previous_moments: Tensor | None,  # [2, K]
     process_group: ProcessGroup | None,
 ) -> NaPOOutput:
     """:func:`napo_loss.objective.eager.objective` in one launch, or in two around the all-reduce."""
-    call = ops.ObjectiveCall.of(batch, beta, recipe, previous_q)
+    call = ops.ObjectiveCall.of(batch, beta, recipe, previous_moments)
     if process_group is not None:
         with torch.no_grad():
             means = ops.objective_means(**call.to_schema())
@@ -183,5 +185,6 @@ def _fused(
         call = call.with_means(mean_over_group(means, B, by_count=by_count, process_group=process_group))
     out = ops.Objective(*ops.objective(**call.to_schema()))
     return NaPOOutput(
-        out.losses, out.chosen_rewards.detach(), out.rejected_rewards.detach(), out.q.detach(), out.weights.detach()
-    )
+        out.losses, out.chosen_rewards.detach(), out.rejected_rewards.detach(), out.q.detach(), out.weights.detach(),
+        out.moments.detach(),
+    )  # fmt: skip

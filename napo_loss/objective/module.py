@@ -1,4 +1,4 @@
-"""The loss as a module, for trainers that are told a class, and where somebody has to remember the previous q."""
+"""The loss as a module, for trainers that are told a class, and where somebody has to remember the step before."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class NaPOLoss(nn.Module):
-    """:func:`napo_loss.napo_loss` as a module, which keeps the previous q where its recipe smooths.
+    """:func:`napo_loss.napo_loss` as a module, which keeps the moments of the step before where its recipe smooths.
 
     Args:
         beta: strength β > 0, a number or a 0-d tensor.
@@ -34,8 +34,8 @@ class NaPOLoss(nn.Module):
         :class:`napo_loss.NaPOOutput`.
 
     Attributes:
-        previous_q: the ``.q`` of the last call in training mode where ``recipe.decay > 0``, else None. It is in the
-            ``state_dict``; in evaluation it is neither read nor moved.
+        previous_moments: the ``.moments`` of the last call in training mode where ``recipe.decay > 0``, else None.
+            They are in the ``state_dict``; in evaluation they are neither read nor moved.
 
     Raises:
         ValueError: on β ≤ 0, another reduction or a process group that this process is not in.
@@ -48,10 +48,10 @@ class NaPOLoss(nn.Module):
         >>> chosen, rejected = torch.tensor([-10.0, -12.0]), torch.tensor([-60.0, -11.0])
         >>> loss, chosen_rewards, rejected_rewards = loss_fn(chosen, rejected, chosen, rejected)
         >>> loss, loss_fn.state_dict()
-        (tensor(0.5000), OrderedDict([('previous_q', tensor(1.))]))
+        (tensor(0.5000), OrderedDict([('previous_moments', tensor([0., 0.]))]))
     """
 
-    previous_q: Tensor | None
+    previous_moments: Tensor | None
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class NaPOLoss(nn.Module):
         self.recipe = recipe or Recipe()
         self.process_group = process_group
         self.reduction = reduction
-        self.register_buffer("previous_q", None)  # not in the state_dict while there is none
+        self.register_buffer("previous_moments", None)  # not in the state_dict while there is none
 
     def forward(
         self,
@@ -82,14 +82,14 @@ class NaPOLoss(nn.Module):
         reference_chosen_logps: Logps | None,
         reference_rejected_logps: Logps | Mapping[str, Logps] | None,
     ) -> NaPOOutput:
-        smooths = self.training and self.recipe.smooths
+        smooths = self.training and self.recipe.decay > 0
         out = napo_loss(
             policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
-            beta=self.beta, recipe=self.recipe, previous_q=self.previous_q if smooths else None,
+            beta=self.beta, recipe=self.recipe, previous_moments=self.previous_moments if smooths else None,
             process_group=self.process_group,
         )  # fmt: skip
         if smooths:
-            self.previous_q = out.q
+            self.previous_moments = out.moments
         if self.reduction == "mean":
             out = out._replace(losses=out.losses.sum() / max(out.losses.numel(), 1))
         return out
@@ -99,8 +99,8 @@ class NaPOLoss(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         """A buffer takes the shape of what is loaded: how many negatives there are shows at the first call."""
-        found = state_dict.get(f"{prefix}previous_q")
-        self.previous_q = None if found is None else torch.empty_like(found)
+        found = state_dict.get(f"{prefix}previous_moments")
+        self.previous_moments = None if found is None else torch.empty_like(found)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from napo_loss.checks import check_tensor
-from napo_loss.objective.checks import check_length, check_logps
-from napo_loss.objective.recipes import DEFAULT_NEGATIVES, Negative, Recipe
+from napo_loss.objective.checks import check_length, check_logps, check_previous
+from napo_loss.objective.recipes import RELEASED, Negative, Recipe, defaults
 from napo_loss.types import SequenceLogps
 
 Logps = Tensor | SequenceLogps
@@ -33,6 +32,8 @@ class PreferenceBatch(NamedTuple):
 
     logps: BatchLogps
     negatives: tuple[Negative, ...]  # K
+    dynamic: bool  # weights are shares of the mean margins
+    average: bool  # the loss, and q with it, reads per-token means
     stacked: bool  # False: the caller gave one negative, [B]
 
     @classmethod
@@ -62,28 +63,30 @@ class PreferenceBatch(NamedTuple):
         check_logps(chosen.sum, rejected.sum, ref_chosen, ref_rejected, may_be_empty=may_be_empty)
 
         stacked = rejected.sum.dim() == 2
-        negatives = _settings(recipe, names, K=rejected.sum.shape[0] if stacked else 1)
+        settings = _settings(recipe, names, K=rejected.sum.shape[0] if stacked else 1)
         chosen_length = rejected_length = None
-        if recipe.average_logps or any(n.margin == "mean" and n.q is None for n in negatives):
+        if recipe.average_logps or any(n.margin == "mean" and n.q is None for n in settings.negatives):
             chosen_length = _length("policy_chosen_logps", chosen)
             rejected_length = _row(_length("policy_rejected_logps", rejected), stacked)
         logps = BatchLogps(
             chosen.sum, _row(rejected.sum, stacked), ref_chosen,
             None if ref_rejected is None else _row(ref_rejected, stacked), chosen_length, rejected_length,
         )  # fmt: skip
-        return cls(logps, negatives, stacked)
+        return cls(logps, settings.negatives, settings.dynamic, recipe.average_logps, stacked)
 
-    def row_per_negative(self, q: float | Tensor | None, *, each_pair: bool) -> Tensor | None:
-        """``previous_q`` as one value per negative, or one row where each pair has its own."""
-        if q is None:
+    def reads_mean(self, negative: Negative) -> bool:
+        """Whether q of this negative is read from per-token means."""
+        return self.average or negative.margin == "mean"
+
+    def previous(self, moments: Tensor | None, *, each_pair: bool) -> Tensor | None:
+        """The moments of the step before as ``[2, K]``; a row of one where the caller gave one negative."""
+        if moments is None:
             return None
         K, B = self.logps.policy_rejected.shape
-        q = torch.as_tensor(q, dtype=torch.float32, device=self.logps.policy_rejected.device).detach()
-        row = _row(q, self.stacked)
-        if row.shape != (K,) and not (each_pair and row.shape == (K, B)):
-            expected = f"[{K}]" if self.stacked else "a scalar"
-            raise ValueError(f"previous_q must be the .q of the step before, {expected}, got shape {list(q.shape)}")
-        return row
+        expected = torch.Size([2, *([K] if self.stacked else []), *([B] if each_pair else [])])
+        check_previous("previous_moments", moments, expected)
+        moments = moments.detach().to(self.logps.policy_rejected.device)
+        return moments if self.stacked else moments[:, None]
 
 
 class _Given(NamedTuple):
@@ -134,27 +137,27 @@ def _stack(name: str, logps: Logps | Mapping[str, Logps]) -> _Given:
     return _Given(torch.stack([x.sum for x in given]), torch.stack(lengths) if len(lengths) == len(given) else None)
 
 
-def default_negatives(names: list[str] | None, K: int) -> tuple[Negative, ...]:
-    """:data:`DEFAULT_NEGATIVES` for its three names; otherwise its settings by name, weighted equally."""
-    if names is None or names == ["rejected"]:
-        return (Negative(weight=1 / K),) * K
-    if set(names) == set(DEFAULT_NEGATIVES):
-        return tuple(DEFAULT_NEGATIVES[name] for name in names)
-    return tuple(replace(DEFAULT_NEGATIVES.get(name, Negative()), weight=1 / K) for name in names)
+class _Settings(NamedTuple):
+    """A recipe for the negatives that came."""
+
+    negatives: tuple[Negative, ...]  # K
+    dynamic: bool
 
 
-def _settings(recipe: Recipe, names: list[str] | None, K: int) -> tuple[Negative, ...]:
+def _settings(recipe: Recipe, names: list[str] | None, K: int) -> _Settings:
     given = recipe.negatives
-    if isinstance(given, Negative):
-        return (given,) * K
     if given is None:
-        return default_negatives(names, K)
+        default = defaults(RELEASED, names, K)
+        return _Settings(tuple(default.named.values()), (recipe.weights or default.weights) == "dynamic")
+    dynamic = recipe.weights == "dynamic"
+    if isinstance(given, Negative):
+        return _Settings((given,) * K, dynamic)
     if names is None:
         if len(given) != K:
             raise ValueError(
                 f"recipe.negatives names {list(given)}, so policy_rejected_logps must be [{len(given)}, B], got K = {K}"
             )
-        return tuple(given.values())
+        return _Settings(tuple(given.values()), dynamic)
     if set(given) != set(names):
         raise ValueError(f"recipe.negatives names {list(given)}, but policy_rejected_logps has {names}")
-    return tuple(given[name] for name in names)
+    return _Settings(tuple(given[name] for name in names), dynamic)

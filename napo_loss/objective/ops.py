@@ -12,9 +12,9 @@ from torch import Tensor
 
 from napo_loss.backend import Call, no_double_backward
 from napo_loss.objective import eager
-from napo_loss.objective.estimators import Q_BOUNDS
+from napo_loss.objective.estimators import BOUNDS
 from napo_loss.objective.negatives import BatchLogps, PreferenceBatch
-from napo_loss.objective.recipes import Negative, Recipe
+from napo_loss.objective.recipes import Recipe
 from napo_loss.types import MIN_LENGTH
 
 if TYPE_CHECKING:
@@ -24,16 +24,22 @@ if TYPE_CHECKING:
 class NegativeNumbers(NamedTuple):
     """The settings of K negatives as numbers, column by column: what a schema can hold, and a cache look up."""
 
-    alpha: tuple[float, ...]
+    slope: tuple[float, ...]  # α, of the paper's estimator α·β; NaN for the moment estimator
+    top: tuple[float, ...]  # q at a margin of -inf
+    low: tuple[float, ...]  # the smallest q
     reads_mean: tuple[float, ...]  # 0 or 1
     fixed_q: tuple[float, ...]  # NaN where q is estimated
     weight: tuple[float, ...]
 
     @classmethod
-    def of(cls, negatives: tuple[Negative, ...]) -> NegativeNumbers:
+    def of(cls, batch: PreferenceBatch, beta: float) -> NegativeNumbers:
+        negatives = batch.negatives
+        factors = {"released": 1.0, "paper": beta, "moment": math.nan}
         return cls(
-            alpha=tuple(float(n.alpha) for n in negatives),
-            reads_mean=tuple(float(n.margin == "mean") for n in negatives),
+            slope=tuple(float(n.alpha) * factors[n.estimator] for n in negatives),
+            top=tuple(2.0 if n.estimator == "released" else 1.0 for n in negatives),
+            low=tuple(BOUNDS[n.estimator][0] for n in negatives),
+            reads_mean=tuple(float(batch.reads_mean(n)) for n in negatives),
             fixed_q=tuple(math.nan if n.q is None else float(n.q) for n in negatives),
             weight=tuple(float(n.weight) for n in negatives),
         )
@@ -41,18 +47,19 @@ class NegativeNumbers(NamedTuple):
 
 @dataclass(frozen=True)
 class ObjectiveCall(Call):
-    """Everything the kernel computes with. ``means [2, K]``: those of all ranks, None where this rank's own count."""
+    """Everything the kernel computes with. ``means [3, K]``: those of all ranks, None where this rank's own count."""
 
     SCHEMA: ClassVar[dict[str, str]] = {
         "policy_chosen": "Tensor", "policy_rejected": "Tensor", "reference_chosen": "Tensor?",
         "reference_rejected": "Tensor?", "chosen_length": "Tensor?", "rejected_length": "Tensor?",
-        "previous_q": "Tensor?", "means": "Tensor?", "alpha": "float[]", "reads_mean": "float[]", "fixed_q": "float[]",
+        "previous_moments": "Tensor?", "means": "Tensor?", "slope": "float[]", "top": "float[]", "low": "float[]",
+        "reads_mean": "float[]", "fixed_q": "float[]",
         "weight": "float[]", "beta": "float", "sft_weight": "float", "decay": "float", "average": "bool",
         "dynamic": "bool",
     }  # fmt: skip
 
     logps: BatchLogps
-    previous_q: Tensor | None  # [K]
+    previous_moments: Tensor | None  # [2, K]
     means: Tensor | None
     negatives: NegativeNumbers
     beta: float
@@ -62,10 +69,12 @@ class ObjectiveCall(Call):
     dynamic: bool
 
     @classmethod
-    def of(cls, batch: PreferenceBatch, beta: float, recipe: Recipe, previous_q: Tensor | None = None) -> ObjectiveCall:
+    def of(
+        cls, batch: PreferenceBatch, beta: float, recipe: Recipe, previous_moments: Tensor | None = None
+    ) -> ObjectiveCall:
         return cls(
-            batch.logps, previous_q, None, NegativeNumbers.of(batch.negatives), beta, float(recipe.sft_weight),
-            float(recipe.decay), recipe.average_logps, recipe.weights == "dynamic",
+            batch.logps, previous_moments, None, NegativeNumbers.of(batch, beta), beta, float(recipe.sft_weight),
+            float(recipe.decay), batch.average, batch.dynamic,
         )  # fmt: skip
 
     def with_means(self, means: Tensor) -> ObjectiveCall:
@@ -73,9 +82,9 @@ class ObjectiveCall(Call):
 
     def to_schema(self) -> dict[str, Any]:
         return {
-            **self.logps._asdict(), "previous_q": self.previous_q, "means": self.means, **self.negatives._asdict(),
-            "beta": self.beta, "sft_weight": self.sft_weight, "decay": self.decay, "average": self.average,
-            "dynamic": self.dynamic,
+            **self.logps._asdict(), "previous_moments": self.previous_moments, "means": self.means,
+            **self.negatives._asdict(), "beta": self.beta, "sft_weight": self.sft_weight, "decay": self.decay,
+            "average": self.average, "dynamic": self.dynamic,
         }  # fmt: skip
 
     @classmethod
@@ -89,9 +98,9 @@ class ObjectiveCall(Call):
         from napo_loss.kernels.objective import objective
         from napo_loss.kernels.objective_records import Constants, Switches
 
-        constants = Constants(*Q_BOUNDS, eager.MIN_Q, eager.WEIGHT_FLOOR, MIN_LENGTH)
+        constants = Constants(eager.MIN_Q, eager.WEIGHT_FLOOR, eager.WEIGHT_PRIOR, MIN_LENGTH)
         return objective(
-            self.logps._asdict(), on_device(self.negatives, self.logps.policy_chosen.device), self.previous_q,
+            self.logps._asdict(), on_device(self.negatives, self.logps.policy_chosen.device), self.previous_moments,
             self.means, constants, Switches(self.average, self.dynamic, compute_loss), beta=self.beta,
             sft_weight=self.sft_weight, decay=self.decay,
         )  # fmt: skip
@@ -107,14 +116,14 @@ def on_device(numbers: NegativeNumbers, device: torch.device) -> Settings:
 
 @torch.library.custom_op("napo_loss::objective_means", mutates_args=(), schema=ObjectiveCall.signature("Tensor"))
 def objective_means(*values: Any) -> Tensor:
-    """``[2, K]``: the mean margin behind q and the mean reward margin, for an all-reduce between the two halves."""
+    """``[3, K]``: the means of the margin behind q, of its square, and of the margin of the loss, for an all-reduce."""
     return ObjectiveCall.from_schema(*values).launch(compute_loss=False).means
 
 
 @objective_means.register_fake
 def _(*values):
     rejected = ObjectiveCall.from_schema(*values).logps.policy_rejected
-    return rejected.new_empty((2, rejected.shape[0]), dtype=torch.float32)
+    return rejected.new_empty((3, rejected.shape[0]), dtype=torch.float32)
 
 
 class Objective(NamedTuple):
@@ -125,15 +134,16 @@ class Objective(NamedTuple):
     rejected_rewards: Tensor  # [K, B]
     q: Tensor  # [K]
     weights: Tensor  # [K]
+    moments: Tensor  # [2, K]
     dlogps: Tensor  # [1 + K, B]: dloss_b/dlogπ
 
 
 @torch.library.custom_op(
-    "napo_loss::objective", mutates_args=(), schema=ObjectiveCall.signature(f"({', '.join(['Tensor'] * 6)})")
+    "napo_loss::objective", mutates_args=(), schema=ObjectiveCall.signature(f"({', '.join(['Tensor'] * 7)})")
 )
 def objective(*values: Any) -> Objective:
     out = ObjectiveCall.from_schema(*values).launch(compute_loss=True)
-    return Objective(out.losses, out.chosen_rewards, out.rejected_rewards, out.q, out.weights, out.dlogps)
+    return Objective(out.losses, out.chosen_rewards, out.rejected_rewards, out.q, out.weights, out.moments, out.dlogps)
 
 
 @objective.register_fake
@@ -145,8 +155,9 @@ def _(*values):
         return rejected.new_empty(shape, dtype=torch.float32)
 
     return Objective(
-        losses=new(B), chosen_rewards=new(B), rejected_rewards=new(K, B), q=new(K), weights=new(K), dlogps=new(1 + K, B)
-    )
+        losses=new(B), chosen_rewards=new(B), rejected_rewards=new(K, B), q=new(K), weights=new(K), moments=new(2, K),
+        dlogps=new(1 + K, B),
+    )  # fmt: skip
 
 
 @torch.library.custom_op("napo_loss::objective_backward", mutates_args=())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any, Literal
 
 from napo_loss.objective.checks import Q_FROM
+from napo_loss.objective.estimators import ALPHA, BOUNDS, check_estimator
 
 
 class Named(Mapping):
@@ -36,23 +37,28 @@ class Negative:
     """How one kind of negative enters the objective.
 
     Attributes:
-        alpha: slope α of the noise estimate ``q = 2·(1 − σ(α·m̄))``; larger: q falls sooner.
+        alpha: slope α of the noise estimate, where its rule has one; larger: q falls sooner.
         margin: which margin the estimate reads: of the ``"sum"`` or of the per-token ``"mean"`` log-probs.
             The loss itself is not touched by this.
         q: a fixed robustness in [0, 1] instead of the estimate; ``q=0.0`` is plain DPO.
         weight: factor of this negative's loss when weights are fixed.
+        estimator: the rule by which q is read, ``"released"``, ``"paper"`` (which reads β·ψ) or ``"moment"``, see
+            :func:`napo_loss.noise_level`.
 
     Raises:
         ValueError: on a setting out of its range.
         TypeError: on one that is no number.
     """
 
-    alpha: float = 0.01
+    alpha: float = ALPHA
     margin: Literal["sum", "mean"] = "sum"
     q: float | None = None
     weight: float = 1.0
+    estimator: Literal["released", "paper", "moment"] = "released"
 
     def __post_init__(self):
+        if self.estimator not in BOUNDS:
+            raise ValueError(f"Negative.estimator must be one of {tuple(BOUNDS)}, got {self.estimator!r}")
         for name in ("alpha", "q", "weight"):
             value = getattr(self, name)
             if not isinstance(value, Real) and (value is not None or name != "q"):
@@ -85,18 +91,6 @@ class Negative:
             raise type(error)(f"{where} = {dict(settings)!r}: {error}") from None
 
 
-DEFAULT_NEGATIVES: Mapping[str, Negative] = Named(
-    {
-        "rejected": Negative(q=0.0, weight=0.04),
-        "question_only": Negative(alpha=0.5, margin="mean", weight=0.48),
-        "image_only": Negative(alpha=0.01, margin="sum", weight=0.48),
-    }
-)
-"""What the three names of the paper mean by default: plain DPO on ``rejected``, noise-aware terms against language and
-vision bias. The paper prints and the released code runs these α and margins; the fixed weights are one of the triples
-among the released code's commented-out runs, while the paper's main result weighs dynamically."""
-
-
 @dataclass(frozen=True)
 class Recipe:
     """Everything about the objective that is not a log-prob, β or a process group.
@@ -104,15 +98,16 @@ class Recipe:
     Attributes:
         negatives: one :class:`Negative` for all, or a mapping from the name of a negative to its settings
             (with stacked ``[K, B]`` log-probs: in the order of the rows); the names must be the same as in the
-            log-probs. A dict of its settings may stand for a :class:`Negative`. Default: :data:`DEFAULT_NEGATIVES` for
-            its three names; for any other set its settings by name, ``Negative()`` for names it lacks, unnamed rows
-            and a lone ``"rejected"``, each with weight ``1/K``.
-        weights: ``"fixed"``: ``Negative.weight``; ``"dynamic"``: each negative's share of the summed mean
-            reward margins.
-        average_logps: the loss reads per-token mean log-probs instead of sums.
+            log-probs. A dict of its settings may stand for a :class:`Negative`. Default: those of :data:`RELEASED` for
+            the names that it has, ``Negative()`` for others, for unnamed rows and a lone ``"rejected"``.
+        weights: ``"fixed"``: ``Negative.weight``, and ``1/K`` where negatives are not given; ``"dynamic"``: each
+            negative's share of the summed mean margins. Default: dynamic for the three names of :data:`RELEASED`, as
+            the paper prints, and fixed for all others.
+        average_logps: the loss reads per-token mean log-probs instead of sums, and q the same, as the released code
+            runs it.
         sft_weight: adds ``−sft_weight·log π(y_w)`` to each loss, as the released code can.
-        q_from: what the margin behind q is, see :func:`napo_loss.noise_level`.
-        decay: share of the previous q that is kept, see :func:`napo_loss.noise_level`.
+        q_from: what the margin behind q is, see :func:`napo_loss.margin_moments`.
+        decay: share of the previous moments that is kept, see :func:`napo_loss.margin_moments`.
 
     Raises:
         ValueError: on a setting out of its range.
@@ -122,11 +117,11 @@ class Recipe:
         >>> from napo_loss import Recipe
         >>> recipe = Recipe({"rejected": {"q": 0.0}, "image_only": {"alpha": 0.01, "weight": 0.5}}, weights="fixed")
         >>> recipe.negatives["rejected"]
-        Negative(alpha=0.01, margin='sum', q=0.0, weight=1.0)
+        Negative(alpha=0.01, margin='sum', q=0.0, weight=1.0, estimator='released')
     """
 
     negatives: Negative | Mapping[str, Negative] | None = field(default=None, hash=False)
-    weights: Literal["fixed", "dynamic"] = "fixed"
+    weights: Literal["fixed", "dynamic"] | None = None
     average_logps: bool = False
     sft_weight: float = 0.0
     q_from: Literal["rank_means", "all_pairs", "each_pair"] = "rank_means"
@@ -134,7 +129,7 @@ class Recipe:
 
     def __post_init__(self):
         object.__setattr__(self, "negatives", _negatives(self.negatives))
-        if self.weights not in ("fixed", "dynamic"):
+        if self.weights not in ("fixed", "dynamic", None):
             raise ValueError(f"Recipe.weights must be 'fixed' or 'dynamic', got {self.weights!r}")
         if self.q_from not in Q_FROM:
             raise ValueError(f"Recipe.q_from must be one of {Q_FROM}, got {self.q_from!r}")
@@ -142,11 +137,18 @@ class Recipe:
             raise ValueError(f"Recipe.sft_weight must be >= 0, got {self.sft_weight}")
         if not 0 <= self.decay < 1:
             raise ValueError(f"Recipe.decay must be in [0, 1), got {self.decay}")
+        if self.q_from == "each_pair" and self.decay > 0:
+            raise ValueError(
+                f"Recipe.decay = {self.decay} has nothing to smooth with q_from='each_pair': each pair has its own q"
+            )
+        for negative in [self.negatives] if isinstance(self.negatives, Negative) else self.named.values():
+            if negative.q is None:
+                check_estimator(negative.estimator, None, self.q_from)
 
     @property
-    def smooths(self) -> bool:
-        """Whether q depends on the one before."""
-        return self.decay > 0 and self.q_from != "each_pair"
+    def named(self) -> Mapping[str, Negative]:
+        """The negatives that have names."""
+        return self.negatives if isinstance(self.negatives, Mapping) else {}
 
 
 def _negatives(given: Any) -> Negative | Named | None:
@@ -177,3 +179,45 @@ def misplaced(function: str, settings: Mapping[str, object]) -> TypeError:
 
 def _written(arguments: Mapping[str, object]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
+RELEASED = Recipe(
+    {
+        "rejected": Negative(q=0.0, weight=0.04),
+        "question_only": Negative(alpha=0.5, margin="mean", weight=0.48),
+        "image_only": Negative(alpha=0.01, margin="sum", weight=0.48),
+    },
+    weights="dynamic",
+)
+"""q as the released code runs it, with the dynamic weights of the paper's main result: the default for these names.
+
+Plain DPO on ``rejected``, noise-aware terms against language bias (``question_only``) and vision bias (``image_only``).
+The paper prints and the released code runs these α and margins. In the released code the dynamic rule is commented out;
+with ``dataclasses.replace(RELEASED, weights="fixed")`` the weights are one of the triples among its commented-out runs.
+"""
+
+PAPER = Recipe(
+    {name: replace(negative, estimator="paper") for name, negative in RELEASED.named.items()}, weights="dynamic"
+)
+"""Eq. 2 and 9 to 14 as the paper prints them: β inside the margin that q is read from, which then starts at 0.5; q and
+the dynamic weights in [0.01, 1]; plain DPO on ``rejected``."""
+
+SCALE_FREE = Recipe({name: Negative(estimator="moment", weight=1 / 3) for name in RELEASED.named}, weights="dynamic")
+"""Ours: every term is noise-aware, its q read by the moment estimator, which needs no α for a length or a β."""
+
+METHODS = {"released": RELEASED, "paper": PAPER, "scale_free": SCALE_FREE}
+
+
+def defaults(method: Recipe, names: list[str] | None, K: int) -> Recipe:
+    """``method``, one of the three above, for these negatives; ``names`` is None for unnamed rows.
+
+    For its own names it is itself. Other sets have its settings by name, each with weight ``1/K``, and nothing but its
+    estimator for names that it lacks, unnamed rows and a lone ``"rejected"``: an only negative is to be noise-aware.
+    """
+    if names is not None and set(names) == set(method.named):
+        return replace(method, negatives={name: method.named[name] for name in names})
+    known = {} if names is None or names == ["rejected"] else method.named
+    other = Negative(estimator=method.named["image_only"].estimator)
+    rows = [str(k) for k in range(K)] if names is None else names
+    negatives = {name: replace(known.get(name, other), weight=1 / K) for name in rows}
+    return replace(method, negatives=negatives, weights="fixed")

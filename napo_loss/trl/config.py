@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from trl.trainer.dpo_config import DPOConfig
 
 from napo_loss.objective.checks import Q_FROM
-from napo_loss.objective.negatives import default_negatives
-from napo_loss.objective.recipes import Negative, Recipe
+from napo_loss.objective.recipes import METHODS, Recipe, defaults
 
 REFUSED = {
     "loss_type": ["sigmoid"],
@@ -42,36 +41,42 @@ PAPER = {
 class NaPOConfig(DPOConfig):
     r"""Arguments of :class:`NaPOTrainer`: those of TRL's ``DPOConfig`` and the ones below.
 
-    β = 0.1 and the learning rate of 5e-7 are what the paper prints; other defaults are TRL's. Options that shape
-    another loss (``loss_type``, ``ld_alpha``, …: :data:`REFUSED`) raise an error when set: they would change nothing.
+    Of the defaults, β = 0.1, the learning rate of 5e-7 and the settings of the three negatives are what the paper
+    prints (their q is what its released code runs); all others are TRL's, where the paper's run has its own:
+    docs/reproduce.md. Options that shape another loss (``loss_type``, ``ld_alpha``, …: :data:`REFUSED`) raise an error
+    when set: they would change nothing.
 
     Args:
+        method: whose settings negatives have that are not set here: ``"released"``, ``"paper"`` or ``"scale_free"``,
+            for :data:`napo_loss.RELEASED`, :data:`napo_loss.PAPER` and :data:`napo_loss.SCALE_FREE`.
         negatives: columns of negatives with their :class:`napo_loss.Negative` settings, as
             ``{"rejected": {"q": 0.0, "weight": 0.04}, "image_only": {"alpha": 0.01, "weight": 0.48}}`` (JSON on a
             command line). Default: ``rejected`` and whichever of ``question_only`` and ``image_only`` the dataset
-            has, with the settings that :class:`napo_loss.Recipe` gives these names.
-        negative_weights: ``"fixed"`` or ``"dynamic"``, see :class:`napo_loss.Recipe`.
+            has, with the settings of the method for these names; where they are not its three, each with weight 1/K.
+        negative_weights: ``"fixed"`` or ``"dynamic"``, see :class:`napo_loss.Recipe`. Default: for the method's three
+            negatives its own, dynamic, and fixed for others.
         sft_weight: adds ``−sft_weight·log π(y_w)``.
         average_logps: the loss reads per-token means instead of sums.
-        q_from: ``"rank_means"``, ``"all_pairs"`` or ``"each_pair"``, see :func:`napo_loss.noise_level`.
-        q_decay: share of the previous step's q that is kept, in [0, 1). As in the released code q is read from each
-            micro-batch, so gradient accumulation does not change it, and with small micro-batches it is noisy: 0.9
-            averages over about ten of them. The state is saved with checkpoints.
+        q_from: ``"rank_means"``, ``"all_pairs"`` or ``"each_pair"``, see :func:`napo_loss.margin_moments`.
+        q_decay: share of the previous step's moments, from which q is read, that is kept, in [0, 1). As in the released
+            code q is read from each micro-batch, so gradient accumulation does not change it, and with small
+            micro-batches it is noisy: 0.9 averages over about ten of them. The state is saved with checkpoints.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DPOConfig._VALID_DICT_FIELDS, "negatives"]
 
     learning_rate: float = field(default=5e-7, metadata={"help": "The initial learning rate for AdamW."})
+    method: str = field(default="released", metadata={"help": "Default settings.", "choices": list(METHODS)})
     negatives: dict[str, Any] | None = field(
         default=None, metadata={"help": "Columns of negatives and their settings, as JSON."}
     )
-    negative_weights: str = field(
-        default="fixed", metadata={"help": "How negatives are weighted.", "choices": ["fixed", "dynamic"]}
+    negative_weights: str | None = field(
+        default=None, metadata={"help": "How negatives are weighted.", "choices": ["fixed", "dynamic"]}
     )
     sft_weight: float = field(default=0.0, metadata={"help": "Weight of the negative log-likelihood of the chosen."})
     average_logps: bool = field(default=False, metadata={"help": "Per-token mean log-probs instead of sums."})
     q_from: str = field(default="rank_means", metadata={"help": "The margin behind q.", "choices": list(Q_FROM)})
-    q_decay: float = field(default=0.0, metadata={"help": "Share of the previous q that is kept."})
+    q_decay: float = field(default=0.0, metadata={"help": "Share of the previous moments that is kept."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -81,6 +86,8 @@ class NaPOConfig(DPOConfig):
                     f"{name}={getattr(self, name)!r} has no effect on the NaPO loss and is refused: leave it at "
                     f"{neutral!r}, or use TRL's DPOTrainer"
                 )
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {list(METHODS)}, got {self.method!r}")
         if self.negatives is not None and (not isinstance(self.negatives, dict) or not self.negatives):
             raise ValueError(f"negatives must map column names to settings, got {self.negatives!r}")
         self.recipe(["rejected"] if self.negatives is None else list(self.negatives))  # checks the other values
@@ -88,12 +95,12 @@ class NaPOConfig(DPOConfig):
     def recipe(self, names: list[str]) -> Recipe:
         """The settings of the loss for these negatives, in this order."""
         if self.negatives is None:
-            negatives = dict(zip(names, default_negatives(names, len(names)), strict=True))
+            base = defaults(METHODS[self.method], names, len(names))
         else:
-            negatives = {name: Negative.of(f"negatives[{name!r}]", x) for name, x in self.negatives.items()}
-        return Recipe(
-            negatives,
-            weights=self.negative_weights,  # pyright: ignore[reportArgumentType]  checked by Recipe
+            base = Recipe({name: self.negatives[name] for name in names}, weights="fixed")
+        return replace(
+            base,
+            weights=self.negative_weights or base.weights,  # pyright: ignore[reportArgumentType]  checked by Recipe
             average_logps=self.average_logps,
             sft_weight=self.sft_weight,
             q_from=self.q_from,  # pyright: ignore[reportArgumentType]

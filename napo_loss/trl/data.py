@@ -11,7 +11,7 @@ import torch
 from trl.data_utils import _tokenize, common_prefix_length, is_conversational
 from trl.trainer.utils import global_then_local_main_first
 
-from napo_loss.objective.recipes import DEFAULT_NEGATIVES
+from napo_loss.objective.recipes import RELEASED
 
 RESERVED = ("prompt", "chosen", "margins", "accuracies")
 """Names no negative can have: columns that mean something else, or metrics (``rewards/margins``)."""
@@ -29,7 +29,7 @@ def first_row(name: str, dataset: Any) -> Mapping[str, Any]:
 def negative_columns(columns: Iterable[str], configured: Mapping[str, Any] | None) -> list[str]:
     """The negatives to train on: those configured, or ``rejected`` and the paper's columns that are there."""
     columns = list(columns)
-    names = [name for name in DEFAULT_NEGATIVES if name in columns or name == "rejected"]
+    names = [name for name in RELEASED.named if name in columns or name == "rejected"]
     if configured is not None:
         names = list(configured)
     if taken := [name for name in names if name in RESERVED]:

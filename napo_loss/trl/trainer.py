@@ -57,8 +57,6 @@ class NaPOTrainer(DPOTrainer):
             raise ValueError("`train_dataset` is required")
         if kwargs.get("data_collator") is not None and args.precompute_ref_log_probs:
             raise ValueError("precompute_ref_log_probs=True needs the trainer's own data_collator, not one of yours")
-        if args.q_decay > 0 and args.q_from == "each_pair":
-            raise ValueError("q_decay has nothing to smooth with q_from='each_pair': each pair has a q of its own")
         self.negatives = negative_columns(first_row("train_dataset", dataset), args.negatives)
         evaluated = kwargs.get("eval_dataset")
         named = evaluated if isinstance(evaluated, dict) else {None: evaluated}
@@ -96,7 +94,8 @@ class NaPOTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         suffix = "" if self._is_vision_dataset else "_ids"
-        extra = [c for name in self.negatives for c in (name + suffix, reference_column(name))]
+        extra = [name + suffix for name in self.negatives]
+        extra += [reference_column(name) for name in ("chosen", *self.negatives)]
         self._signature_columns += [column for column in extra if column not in self._signature_columns]
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
@@ -167,11 +166,6 @@ class NaPOTrainer(DPOTrainer):
                 outputs = model(**model_inputs)
         return (loss, outputs) if return_outputs else loss
 
-    @property
-    def q(self) -> torch.Tensor | None:
-        """Of the training step before, where q is smoothed."""
-        return self.napo.previous_q
-
     @torch.no_grad()
     def _record(self, out, chosen, rejected, outputs, inputs):
         """TRL's metrics and ours: sums and counts of this step, added over ranks in one reduction, read in one sync."""
@@ -217,19 +211,21 @@ class NaPOTrainer(DPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        if self.q is not None and self.args.should_save:
+        moments = self.napo.previous_moments
+        if moments is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            q = dict(zip(self.negatives, self.q.tolist(), strict=True))
-            (folder / STATE_FILE).write_text(json.dumps({"q": q}))
+            named = dict(zip(self.negatives, moments.t().tolist(), strict=True))
+            (folder / STATE_FILE).write_text(json.dumps({"moments": named}))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not (path := Path(checkpoint, STATE_FILE)).exists():
             return
-        q = json.loads(path.read_text())["q"]
-        if set(q) != set(self.negatives):
-            raise ValueError(f"{path} holds q for {list(q)}, but the negatives are {self.negatives}")
-        self.napo.previous_q = torch.tensor([q[name] for name in self.negatives], device=self.accelerator.device)
+        named = json.loads(path.read_text())["moments"]
+        if set(named) != set(self.negatives):
+            raise ValueError(f"{path} holds moments for {list(named)}, but the negatives are {self.negatives}")
+        columns = torch.tensor([named[name] for name in self.negatives], device=self.accelerator.device)
+        self.napo.previous_moments = columns.t().contiguous()
 
 
 def total(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
