@@ -19,6 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVi
 import napo_loss
 import tiny
 from napo_loss import Negative, Recipe, reference
+from napo_loss.objective.recipes import METHODS
 from napo_loss.trl import STATE_FILE, NaPOConfig, NaPOTrainer
 from napo_loss.trl.config import REFUSED
 from napo_loss.trl.data import NegativesCollator, OncePerPrompt
@@ -485,9 +486,35 @@ def test_every_option_of_dpoconfig_is_classified():
     assert own == honoured | set(REFUSED)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_sets_what_is_not_set(method, tmp_path):
+    trainer = trainer_for("text", tmp_path, method=method, q_decay=0.5)
+    assert trainer.recipe == dataclasses.replace(METHODS[method], decay=0.5)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    plain = NaPOTrainer(
+        tiny.llama(), tiny.llama(), arguments(NaPOConfig, tmp_path, method=method), train_dataset=tiny.text_pairs(4),
+        processing_class=tiny.tokenizer(),
+    )  # fmt: skip
+    plain.train()  # policy and reference are equal at its first step
+    first = plain.state.log_history[0]
+    if method != "scale_free":  # which reads rounding noise as anything else: its q is 1 where margins are 0 to the bit
+        starts = {"released": [0.0, 1.0, 1.0], "paper": [0.0, 0.5, 0.5]}[method]
+        assert [float(first[f"napo/q/{name}"]) for name in PAPER] == pytest.approx(starts, abs=1e-3)
+    assert [float(first[f"napo/weight/{name}"]) for name in PAPER] == pytest.approx([1 / 3] * 3, abs=1e-3)
+    assert sum(float(logged[f"napo/weight/{name}"]) for name in PAPER) == pytest.approx(1, abs=0.02)
+    two = arguments(NaPOConfig, tmp_path, method=method).recipe(["rejected", "image_only"])
+    assert two.weights == "fixed"
+    assert [n.weight for n in two.named.values()] == [0.5, 0.5]
+    assert two.named["image_only"].estimator == METHODS[method].named["image_only"].estimator
+    fixed = arguments(NaPOConfig, tmp_path, method=method, negative_weights="fixed").recipe(PAPER)
+    assert fixed == dataclasses.replace(METHODS[method], weights="fixed")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"method": "published"}, r"method must be one of \['released', 'paper', 'scale_free'\], got 'published'"),
         ({"negatives": {"rejected": {"gamma": 1}}}, r"negatives\['rejected'\] = .*unexpected keyword argument 'gamma'"),
         ({"negatives": {"rejected": {"q": 2.0}}}, r"Negative.q must be None or in \[0, 1\]"),
         ({"negatives": {}}, "negatives must map column names to settings"),

@@ -24,7 +24,7 @@ REFUSED = {
 """Options of ``DPOConfig`` that shape another loss, with the only value under which they change nothing here."""
 
 
-PAPER = {
+CITATION = {
     "title": "Debiasing Multimodal Large Language Models via Noise-Aware Preference Optimization",
     "id": "2503.17928",
     "citation": """@inproceedings{napo2025,

@@ -21,7 +21,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVi
 
 from napo_loss.hf.head import fused_head
 from napo_loss.objective.module import NaPOLoss
-from napo_loss.trl.config import PAPER, NaPOConfig
+from napo_loss.trl.config import CITATION, NaPOConfig
 from napo_loss.trl.data import NegativesCollator, first_row, negative_columns, reference_column, tokenize_negatives
 from napo_loss.trl.models import gathered_head, needs_copy
 from napo_loss.types import SequenceLogps
@@ -46,7 +46,7 @@ class NaPOTrainer(DPOTrainer):
 
     _tag_names: ClassVar[list[str]] = ["trl", "dpo", "napo"]
     _name = "NaPO"
-    _paper: ClassVar[dict[str, str]] = PAPER
+    _paper: ClassVar[dict[str, str]] = CITATION
 
     def __init__(self, model, ref_model=None, args: NaPOConfig | None = None, **kwargs):
         args = args or NaPOConfig("napo")
