@@ -200,7 +200,7 @@ PAPER = Recipe(
     {name: replace(negative, estimator="paper") for name, negative in RELEASED.named.items()}, weights="dynamic"
 )
 """Eq. 2 and 9 to 14 as the paper prints them: β inside the margin that q is read from, which then starts at 0.5; q and
-the dynamic weights in [0.01, 1]; plain DPO on ``rejected``."""
+the dynamic weights in [0.01, 1]; plain DPO on ``rejected``. The weights start at equal shares, by a prior of ours."""
 
 SCALE_FREE = Recipe({name: Negative(estimator="moment", weight=1 / 3) for name in RELEASED.named}, weights="dynamic")
 """Ours: every term is noise-aware, its q read by the moment estimator, which needs no α for a length or a β."""
