@@ -23,6 +23,7 @@ from napo_loss.objective.recipes import METHODS
 from napo_loss.trl import STATE_FILE, NaPOConfig, NaPOTrainer
 from napo_loss.trl.config import REFUSED
 from napo_loss.trl.data import NegativesCollator, OncePerPrompt
+from napo_loss.trl.floors import PATIENCE, Floors
 
 pytestmark = [
     # transformers 5.23 warns about names that TRL 1.16 still uses; pin_memory has nothing to pin to here.
@@ -484,6 +485,20 @@ def test_every_option_of_dpoconfig_is_classified():
         "ref_model_sync_steps", "pad_token",
     }  # fmt: skip
     assert own == honoured | set(REFUSED)
+
+
+def test_a_weight_that_stays_at_its_floor_is_said_once(tmp_path, caplog):
+    trainer = trainer_for("text", tmp_path, max_steps=1)
+    seen = []
+    trainer.floors = seen.append
+    trainer.train()
+    assert [list(weights) for weights in seen] == [PAPER]
+    assert all(weight >= 0.00999 for weight in seen[0].values())
+    floors = Floors()
+    for step in range(2 * PATIENCE + 5):
+        floors({"rejected": 0.01 if step % 3 else 0.5, "question_only": 0.98, "image_only": 0.01})
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "napo_loss.trl.floors"]
+    assert "the dynamic weight of 'image_only' has been at its floor of 0.01 for 200 micro-batches" in said
 
 
 @pytest.mark.parametrize("method", METHODS)

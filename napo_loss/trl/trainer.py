@@ -23,6 +23,7 @@ from napo_loss.hf.head import fused_head
 from napo_loss.objective.module import NaPOLoss
 from napo_loss.trl.config import CITATION, NaPOConfig
 from napo_loss.trl.data import NegativesCollator, first_row, negative_columns, reference_column, tokenize_negatives
+from napo_loss.trl.floors import Floors
 from napo_loss.trl.models import gathered_head, needs_copy
 from napo_loss.types import SequenceLogps
 
@@ -71,6 +72,7 @@ class NaPOTrainer(DPOTrainer):
             self.ref_model = None  # has done its work, as the one that TRL would have loaded
         ranks = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
         self.napo = NaPOLoss(self.beta, self.recipe, ranks)
+        self.floors = Floors()
         if isinstance(self.data_collator, (DataCollatorForPreference, DataCollatorForVisionPreference)):
             suffix = "" if self._is_vision_dataset else "_ids"
             self.data_collator = NegativesCollator(
@@ -207,6 +209,8 @@ class NaPOTrainer(DPOTrainer):
             self._metrics[mode][name].append(amount / count if count else 0.0)
         if mode == "train":
             self._total_train_tokens += int(rows[-1][0]) // self._tp_size
+            if self.recipe.weights == "dynamic":
+                self.floors({name: self._metrics[mode][f"napo/weight/{name}"][-1] for name in self.negatives})
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _save_checkpoint(self, model, trial):
