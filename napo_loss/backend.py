@@ -67,4 +67,4 @@ def no_double_backward(ctx, *grads):
 
 
 def upcast(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(accumulation_dtype(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,6 +54,18 @@ class Record:
     def _replace(self, **changes: Any) -> Self:
         """The record with some fields changed."""
         return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType]
+
+
+class SharesGroup:
+    """Base of what holds a ``process_group``: a deep copy has the same one, which is a connection and no value."""
+
+    process_group: ProcessGroup | None
+
+    def __deepcopy__(self, memo: dict) -> Self:
+        memo[id(self.process_group)] = self.process_group
+        memo[id(self)] = twin = self.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
 
 class SequenceLogps(NamedTuple):
@@ -139,7 +152,7 @@ class LowRank(Record, tensors=("weight", "lora_A", "lora_B")):
 
 
 @dataclasses.dataclass(eq=False)
-class VocabShard(Record, tensors=("local",)):
+class VocabShard(SharesGroup, Record, tensors=("local",)):
     """The columns of a vocabulary that this rank of a process group holds, where tensor parallelism splits it.
 
     Stands in for ``logits`` or ``weight``; positions and labels are the same on every rank of the group, and so is what

@@ -18,7 +18,7 @@ from napo_loss import fused_head
 from napo_loss.trl import NaPOConfig, NaPOTrainer
 
 BATCH, STEPS = 4, 2  # pairs per step on all ranks together
-PAPER = ["rejected", "question_only", "image_only"]
+NAMES = ["rejected", "question_only", "image_only"]
 VARIANTS = {
     "paper": {},
     "mean": {"q_from": "all_pairs"},  # with as many pairs on every rank the same numbers, by another way
@@ -38,7 +38,7 @@ def pairs(rows=range(8)) -> Dataset:
     def text(i, k):
         return "".join(f" {words[(3 * i + 5 * k + j) % len(words)]}" for j in range(1 + (i + 2 * k) % 4))
 
-    return Dataset.from_dict({c: [text(i, k) for i in rows] for k, c in enumerate(["prompt", "chosen", *PAPER])})
+    return Dataset.from_dict({c: [text(i, k) for i in rows] for k, c in enumerate(["prompt", "chosen", *NAMES])})
 
 
 def save_pairs(folder: Path) -> Path:

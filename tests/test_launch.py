@@ -87,7 +87,7 @@ def assert_the_rest_is_the_same(results, expected, folder, *, gradients=True):
     # Left uneven, the loss is a mean of rank means, as everywhere in transformers; "mean" counts pairs for q.
     assert len(results["uneven"]["steps"]) == 2
     for a, b in zip(results["uneven"]["steps"], expected["uneven"]["steps"], strict=True):
-        for name in launched.PAPER:
+        for name in launched.NAMES:
             assert a[f"napo/q/{name}"] == pytest.approx(b[f"napo/q/{name}"], rel=1e-5)
     kept, resumed = results["kept"], results["resumed"]
     assert kept["reference"] is None

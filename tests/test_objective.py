@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from napo_loss import (
     RELEASED,
+    Moments,
     Negative,
     Recipe,
     SequenceLogps,
@@ -397,6 +398,20 @@ def test_q_must_fit():
 def test_bad_estimator_settings(kwargs, message):
     with pytest.raises(ValueError, match=message):
         noise_level(torch.zeros(2), **kwargs)
+
+
+def test_moments_are_taken_as_they_come():
+    """As one tensor, which a result carries and a checkpoint holds, or as two with names."""
+    inputs, recipe = four(1, 4, K=2), Recipe(decay=0.5)
+    first = napo_loss(*inputs, recipe=recipe)
+    named = margin_moments((inputs[0] - inputs[1]) - (inputs[2] - inputs[3]))
+    torch.testing.assert_close(torch.stack(named), first.moments)
+    after = [napo_loss(*four(5, 4, K=2), recipe=recipe, previous_moments=x) for x in (first.moments, named)]
+    torch.testing.assert_close(after[0].moments, after[1].moments)
+    torch.testing.assert_close(noise_level(Moments(*first.moments)), first.q)
+    for ignored in ({"q_from": "all_pairs"}, {"process_group": "a group"}):
+        with pytest.raises(ValueError, match="margin is Moments, averaged already: give q_from and process_group to"):
+            noise_level(named, **ignored)
 
 
 def test_bad_moments():

@@ -355,6 +355,19 @@ def test_the_module_keeps_nothing_where_nothing_is_smoothed():
         assert module.state_dict() == {}
 
 
+def shard_of_a_group(group):
+    shard = VocabShard(torch.zeros(1, 2, 4), group, V=8)
+    twin = copy.deepcopy(shard)
+    assert twin.process_group is group
+    assert twin.local is not shard.local
+    assert_same(twin, shard)
+    assert tree_map(lambda x: x.double(), shard).process_group is group
+
+
+def test_a_shard_is_copied_without_its_group(ranks):
+    ranks.run(2, shard_of_a_group)
+
+
 def group_is_shared(group):
     module = NaPOLoss(process_group=group)
     assert copy.deepcopy(module).process_group is group

@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*use_cpu.*:FutureWarning"),
 ]
-PAPER = ["rejected", "question_only", "image_only"]
+NAMES = ["rejected", "question_only", "image_only"]
 
 
 def arguments(cls, folder, **kwargs):
@@ -55,11 +55,11 @@ def moved(model):
     return other
 
 
-def trainer_for(kind, folder, *, columns=PAPER, trainer=NaPOTrainer, config=NaPOConfig, n=4, **kwargs):
+def trainer_for(kind, folder, *, columns=NAMES, trainer=NaPOTrainer, config=NaPOConfig, n=4, **kwargs):
     vision = kind == "vision"
     model, processing = (tiny.llava(), tiny.processor()) if vision else (tiny.llama(), tiny.tokenizer())
     data = tiny.vision_pairs(n) if vision else tiny.text_pairs(n)
-    data = data.remove_columns([c for c in PAPER if c not in ["rejected", *columns]])
+    data = data.remove_columns([c for c in NAMES if c not in ["rejected", *columns]])
     extra = {key: kwargs.pop(key) for key in ("eval_dataset", "peft_config") if key in kwargs}
     ref = None if "peft_config" in extra or kwargs.get("precompute_ref_log_probs") else model
     policy = moved(model) if ref is not None else model
@@ -80,7 +80,7 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("kind", ["text", "vision"])
-@pytest.mark.parametrize("columns", [["rejected"], ["rejected", "image_only"], PAPER])
+@pytest.mark.parametrize("columns", [["rejected"], ["rejected", "image_only"], NAMES])
 @pytest.mark.parametrize("options", [{}, {"average_logps": True, "sft_weight": 0.2, "negative_weights": "dynamic"}])
 def test_loss_and_gradient_are_those_computed_by_hand(kind, columns, options, tmp_path):
     trainer = trainer_for(kind, tmp_path, columns=columns, **options)
@@ -143,7 +143,7 @@ def test_metrics_per_negative(tmp_path):
     with torch.no_grad():
         policy, ref = (logps_by_hand(m, batch).sum.view(4, -1) for m in (trainer.model, trainer.ref_model))
     rewards = 0.1 * (policy - ref)
-    for k, name in enumerate(PAPER, start=1):
+    for k, name in enumerate(NAMES, start=1):
         assert logged[f"rewards/{name}"] == pytest.approx(rewards[k].mean().item(), abs=1e-5)
         assert logged[f"rewards/margins/{name}"] == pytest.approx((rewards[0] - rewards[k]).mean().item(), abs=1e-5)
         share = (rewards[0] > rewards[k]).double().mean().item()
@@ -151,14 +151,14 @@ def test_metrics_per_negative(tmp_path):
         assert logged[f"logps/{name}"] == pytest.approx(policy[k].mean().item(), rel=1e-5)
     gains = ((rewards[0] - rewards[1:]) / 0.1).mean(1).clamp_min(0) + 0.05
     weights = (gains / gains.sum()).clamp_min(0.01).tolist()
-    assert [logged[f"napo/weight/{name}"] for name in PAPER] == pytest.approx(weights, rel=1e-4)
+    assert [logged[f"napo/weight/{name}"] for name in NAMES] == pytest.approx(weights, rel=1e-4)
     assert logged["napo/q/rejected"] == 0
     margin = 10 * (rewards[0] - rewards[3]).mean()
     assert logged["napo/q/image_only"] == pytest.approx((2 * torch.sigmoid(-0.01 * margin)).clamp(max=1).item())
     assert logged["rewards/margins"] == pytest.approx((rewards[0] - rewards[1:]).mean().item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("columns", [["rejected"], ["rejected", "image_only"], PAPER])
+@pytest.mark.parametrize("columns", [["rejected"], ["rejected", "image_only"], NAMES])
 def test_precomputed_reference_is_the_reference(columns, tmp_path):
     data = tiny.text_pairs(4)
     now = trainer_for("text", tmp_path / "a", columns=columns)
@@ -195,7 +195,7 @@ def test_trains_accumulates_and_evaluates(kind, tmp_path):
     after = trainer.evaluate()
     assert after["eval_loss"] < before["eval_loss"]
     final = trainer.state.log_history[-1]
-    for name in ("rewards/margins", "rewards/accuracies", *(f"napo/q/{n}" for n in PAPER)):
+    for name in ("rewards/margins", "rewards/accuracies", *(f"napo/q/{n}" for n in NAMES)):
         assert f"eval_{name}" in final
     assert float(final["eval_rewards/margins"]) > 0
     loss, logits, labels = trainer.prediction_step(
@@ -300,7 +300,7 @@ def test_reference_log_probs_are_cached_per_pair_of_columns(tmp_path, monkeypatc
     once = NaPOTrainer.compute_ref_log_probs
     monkeypatch.setattr(NaPOTrainer, "compute_ref_log_probs", lambda *a: passes.append(1) or once(*a))
     found = []
-    for columns in (PAPER, PAPER, ["rejected", "image_only"]):
+    for columns in (NAMES, NAMES, ["rejected", "image_only"]):
         data = saved.select_columns(["prompt", "chosen", *columns])
         trainer = text_trainer(data, tmp_path, precompute_ref_log_probs=True)
         found.append((len(passes), trainer.train_dataset["ref_image_only_logps"][:]))
@@ -341,9 +341,9 @@ def test_patches_grids_and_type_ids_follow_their_block():
         example["images"] = [Image.fromarray(draw.integers(0, 255, shape, dtype=np.uint8)) for shape in shapes]
     for K in (1, 2, 3):
         processor = Patches()
-        batch = NegativesCollator(DataCollatorForVisionPreference(processor), PAPER[:K], "")(copy.deepcopy(examples))
+        batch = NegativesCollator(DataCollatorForVisionPreference(processor), NAMES[:K], "")(copy.deepcopy(examples))
         assert processor.images == 3  # each image once, not once per block
-        for k, name in enumerate(PAPER[:K], start=1):
+        for k, name in enumerate(NAMES[:K], start=1):
             two = [{**x, "rejected": x[name]} for x in copy.deepcopy(examples)]
             expected = DataCollatorForVisionPreference(Patches())(two)
             assert set(batch) == set(expected)
@@ -430,7 +430,7 @@ def test_a_model_without_a_name_is_its_own_reference(tmp_path):
 
 
 def test_accumulated_micro_batches_are_one_batch_when_q_is_fixed(tmp_path):
-    options = {"negatives": {name: {"q": 0.5} for name in PAPER}, "optim": "sgd", "max_steps": 1, "max_grad_norm": 0.0}
+    options = {"negatives": {name: {"q": 0.5} for name in NAMES}, "optim": "sgd", "max_steps": 1, "max_grad_norm": 0.0}
     weights = []
     for B, steps in ((4, 1), (2, 2), (1, 4)):
         trainer = text_trainer(
@@ -492,7 +492,7 @@ def test_a_weight_that_stays_at_its_floor_is_said_once(tmp_path, caplog):
     seen = []
     trainer.floors = seen.append
     trainer.train()
-    assert [list(weights) for weights in seen] == [PAPER]
+    assert [list(weights) for weights in seen] == [NAMES]
     assert all(weight >= 0.00999 for weight in seen[0].values())
     floors = Floors()
     for step in range(2 * PATIENCE + 5):
@@ -515,14 +515,14 @@ def test_a_method_sets_what_is_not_set(method, tmp_path):
     first = plain.state.log_history[0]
     if method != "scale_free":  # which reads rounding noise as anything else: its q is 1 where margins are 0 to the bit
         starts = {"released": [0.0, 1.0, 1.0], "paper": [0.0, 0.5, 0.5]}[method]
-        assert [float(first[f"napo/q/{name}"]) for name in PAPER] == pytest.approx(starts, abs=1e-3)
-    assert [float(first[f"napo/weight/{name}"]) for name in PAPER] == pytest.approx([1 / 3] * 3, abs=1e-3)
-    assert sum(float(logged[f"napo/weight/{name}"]) for name in PAPER) == pytest.approx(1, abs=0.02)
+        assert [float(first[f"napo/q/{name}"]) for name in NAMES] == pytest.approx(starts, abs=1e-3)
+    assert [float(first[f"napo/weight/{name}"]) for name in NAMES] == pytest.approx([1 / 3] * 3, abs=1e-3)
+    assert sum(float(logged[f"napo/weight/{name}"]) for name in NAMES) == pytest.approx(1, abs=0.02)
     two = arguments(NaPOConfig, tmp_path, method=method).recipe(["rejected", "image_only"])
     assert two.weights == "fixed"
     assert [n.weight for n in two.named.values()] == [0.5, 0.5]
     assert two.named["image_only"].estimator == METHODS[method].named["image_only"].estimator
-    fixed = arguments(NaPOConfig, tmp_path, method=method, negative_weights="fixed").recipe(PAPER)
+    fixed = arguments(NaPOConfig, tmp_path, method=method, negative_weights="fixed").recipe(NAMES)
     assert fixed == dataclasses.replace(METHODS[method], weights="fixed")
 
 

@@ -103,18 +103,22 @@ def check_bounds(bounds: tuple[float, float]) -> None:
         raise ValueError(f"bounds must satisfy 0 <= low <= high <= 1, got {bounds}")
 
 
-def check_mean(q_from: str, decay: float) -> None:
+def check_mean(q_from: str, decay: float, where: str = "") -> None:
+    """``where``: what the two are settings of, with a dot."""
     if q_from not in Q_FROM:
-        raise ValueError(f"q_from must be one of {Q_FROM}, got {q_from!r}")
+        raise ValueError(f"{where}q_from must be one of {Q_FROM}, got {q_from!r}")
     if not 0 <= decay < 1:
-        raise ValueError(f"decay must be in [0, 1), got {decay}")
+        raise ValueError(f"{where}decay must be in [0, 1), got {decay}")
 
 
-def check_previous(name: str, previous: object, shape: torch.Size) -> None:
-    """The moments of the step before, of as many negatives."""
+def checked_previous(name: str, previous: object, shape: torch.Size) -> Tensor:
+    """The moments of the step before, of as many negatives: one tensor, whether they came so or as two."""
+    if isinstance(previous, tuple):
+        previous = torch.stack(previous)
     if not isinstance(previous, Tensor):
         raise TypeError(f"{name} must be the moments of the step before, got {type(previous).__name__}")
     if previous.shape != shape:
         raise ValueError(
             f"{name} must be the moments of the step before, {list(shape)}, got shape {list(previous.shape)}"
         )
+    return previous.detach()

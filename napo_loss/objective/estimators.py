@@ -9,7 +9,7 @@ from torch import Tensor
 
 from napo_loss.backend import upcast
 from napo_loss.checks import check_group, check_positive
-from napo_loss.objective.checks import check_bounds, check_margin, check_mean, check_previous
+from napo_loss.objective.checks import check_bounds, check_margin, check_mean, checked_previous
 from napo_loss.parallel.reductions import mean_over_group
 
 if TYPE_CHECKING:
@@ -83,8 +83,7 @@ def margin_moments(
         B, by_count = psi.shape[-1], q_from == "all_pairs"
         moments = mean_over_group(moments.mean(-1), B, by_count=by_count, process_group=process_group)
     if previous is not None:
-        previous = torch.stack(tuple(previous)) if isinstance(previous, tuple) else previous
-        check_previous("previous", previous, moments.shape)
+        previous = checked_previous("previous", previous, moments.shape)
     return Moments(*smooth(moments, previous, decay))
 
 
@@ -112,7 +111,8 @@ def noise_level(
     Args:
         margin: margins ψ in nats, ``[B]``, or ``[K, B]`` for K negatives; sums or per-token means, whichever ``alpha``
             was chosen for (the paper prints 0.01 for sums, 0.5 for means). Detached here. Or their
-            :class:`Moments`, from :func:`margin_moments`, which smooths them over steps.
+            :class:`Moments`, from :func:`margin_moments`, which smooths them over steps, or ``Moments(*out.moments)``
+            of a :class:`napo_loss.NaPOOutput`.
         estimator: the rule, see above.
         alpha: slope α > 0. Default: 0.01. ``"moment"`` has none.
         bounds: smallest and largest q, within [0, 1]. Default: those of the estimator.
@@ -124,8 +124,8 @@ def noise_level(
 
     Raises:
         ValueError: on an empty margin without a process group, more than two dimensions, an unknown estimator, α ≤ 0 or
-            an α for ``"moment"``, bounds out of range, ``"moment"`` of each pair, a process group that this process is
-            not in.
+            an α for ``"moment"``, ``q_from`` or a process group beside moments, bounds out of range, ``"moment"`` of
+            each pair, a process group that this process is not in.
         TypeError: where ``margin`` is not a floating-point tensor.
 
     Example:
@@ -145,7 +145,10 @@ def noise_level(
     check_estimator(estimator, alpha, q_from)
     if bounds is not None:
         check_bounds(bounds)
-    if not isinstance(margin, Moments):
+    if isinstance(margin, Moments):
+        if process_group is not None or q_from != "rank_means":
+            raise ValueError("margin is Moments, averaged already: give q_from and process_group to margin_moments")
+    else:
         margin = margin_moments(margin, q_from=q_from, process_group=process_group)
     return q_of(margin, estimator, ALPHA if alpha is None else alpha, bounds or BOUNDS[estimator])
 

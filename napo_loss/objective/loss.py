@@ -20,6 +20,7 @@ from napo_loss.backend import HAS_TRITON
 from napo_loss.checks import check_group
 from napo_loss.objective import eager, ops
 from napo_loss.objective.checks import check_logps, check_q, checked_beta
+from napo_loss.objective.estimators import Moments
 from napo_loss.objective.negatives import Logps, PreferenceBatch
 from napo_loss.objective.recipes import Recipe, misplaced
 from napo_loss.parallel.reductions import mean_over_group
@@ -93,7 +94,7 @@ def napo_loss(
     *,
     beta: float | Tensor = 0.1,
     recipe: Recipe | None = None,
-    previous_moments: Tensor | None = None,
+    previous_moments: Moments | Tensor | None = None,
     process_group: ProcessGroup | None = None,
     **misplaced_settings: object,
 ) -> NaPOOutput:
@@ -112,7 +113,8 @@ def napo_loss(
         reference_rejected_logps: as ``policy_rejected_logps``; a mapping has the same names.
         beta: strength β > 0, a number or a 0-d tensor.
         recipe: the other settings, see :class:`Recipe`, which also says the defaults.
-        previous_moments: the ``.moments`` of the step before, where ``recipe.decay > 0`` smooths them.
+        previous_moments: the ``.moments`` of the step before (or what :func:`margin_moments` returned), where
+            ``recipe.decay > 0`` smooths them.
         process_group: ranks over which mean margins are averaged, see :func:`noise_level`. A rank without pairs takes
             part with ``[0]`` and ``[K, 0]``.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -14,13 +13,13 @@ from napo_loss.objective.checks import checked_beta
 from napo_loss.objective.loss import napo_loss
 from napo_loss.objective.negatives import Logps
 from napo_loss.objective.recipes import Recipe, misplaced
-from napo_loss.types import NaPOOutput
+from napo_loss.types import NaPOOutput, SharesGroup
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class NaPOLoss(nn.Module):
+class NaPOLoss(SharesGroup, nn.Module):
     """:func:`napo_loss.napo_loss` as a module, which keeps the moments of the step before where its recipe smooths.
 
     Args:
@@ -107,10 +106,3 @@ class NaPOLoss(nn.Module):
         if self.process_group is not None:  # left out, q would quietly be each process's own
             raise TypeError("a NaPOLoss with a process_group cannot be pickled: save its state_dict instead")
         return self.__dict__
-
-    def __deepcopy__(self, memo):
-        """A copy with the same process group, which is a connection and no value."""
-        memo[id(self.process_group)] = self.process_group
-        memo[id(self)] = twin = self.__new__(type(self))
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin

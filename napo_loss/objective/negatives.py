@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from napo_loss.checks import check_tensor
-from napo_loss.objective.checks import check_length, check_logps, check_previous
+from napo_loss.objective.checks import check_length, check_logps, checked_previous
+from napo_loss.objective.estimators import Moments
 from napo_loss.objective.recipes import RELEASED, Negative, Recipe, defaults
 from napo_loss.types import SequenceLogps
 
@@ -78,15 +79,14 @@ class PreferenceBatch(NamedTuple):
         """Whether q of this negative is read from per-token means."""
         return self.average or negative.margin == "mean"
 
-    def previous(self, moments: Tensor | None, *, each_pair: bool) -> Tensor | None:
+    def previous(self, moments: Moments | Tensor | None, *, each_pair: bool) -> Tensor | None:
         """The moments of the step before as ``[2, K]``; a row of one where the caller gave one negative."""
         if moments is None:
             return None
         K, B = self.logps.policy_rejected.shape
         expected = torch.Size([2, *([K] if self.stacked else []), *([B] if each_pair else [])])
-        check_previous("previous_moments", moments, expected)
-        moments = moments.detach().to(self.logps.policy_rejected.device)
-        return moments if self.stacked else moments[:, None]
+        previous = checked_previous("previous_moments", moments, expected).to(self.logps.policy_rejected.device)
+        return previous if self.stacked else previous[:, None]
 
 
 class _Given(NamedTuple):

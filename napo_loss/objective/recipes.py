@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any, Literal
 
-from napo_loss.objective.checks import Q_FROM
+from napo_loss.objective.checks import check_mean
 from napo_loss.objective.estimators import ALPHA, BOUNDS, check_estimator
 
 
@@ -131,12 +131,9 @@ class Recipe:
         object.__setattr__(self, "negatives", _negatives(self.negatives))
         if self.weights not in ("fixed", "dynamic", None):
             raise ValueError(f"Recipe.weights must be 'fixed' or 'dynamic', got {self.weights!r}")
-        if self.q_from not in Q_FROM:
-            raise ValueError(f"Recipe.q_from must be one of {Q_FROM}, got {self.q_from!r}")
+        check_mean(self.q_from, self.decay, "Recipe.")
         if not self.sft_weight >= 0:
             raise ValueError(f"Recipe.sft_weight must be >= 0, got {self.sft_weight}")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"Recipe.decay must be in [0, 1), got {self.decay}")
         if self.q_from == "each_pair" and self.decay > 0:
             raise ValueError(
                 f"Recipe.decay = {self.decay} has nothing to smooth with q_from='each_pair': each pair has its own q"
