@@ -16,6 +16,7 @@ from napo_loss.types import (
     NaPOOutput,
     PreferenceLoss,
     SequenceLogps,
+    TokenStatistics,
     VocabShard,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "PreferenceLoss",
     "Recipe",
     "SequenceLogps",
+    "TokenStatistics",
     "VocabShard",
     "__version__",
     "all_reduce_logps",

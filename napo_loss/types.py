@@ -2,70 +2,38 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import GetAttrKey, register_pytree_node, tree_map_only
+
+from napo_loss.trees import Record, SharesGroup
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from typing_extensions import Self
 
 MIN_LENGTH = 1e-9
 """Divisor where a sequence has no active position, so that its mean log-prob is 0 and not NaN."""
 
 
-class Record:
-    """Base of dataclasses that the walks of trainers over inputs and outputs leave whole.
+class TokenStatistics(NamedTuple):
+    """What one pass over the logits also tells of each position, see :func:`napo_loss.linear_sequence_logps`.
 
-    The fields named in ``tensors`` are children of PyTorch's trees (``tree_map``, FSDP2, DDP, ``torch.export``); the
-    others ride along. ``.to`` is what accelerate asks for, and a dataclass that is not frozen what Lightning can fill.
-    A NamedTuple will not do: it is rebuilt from what it iterates over, of a result that unpacks as three only three
-    fields, and a map over its tensors meets its numbers too.
+    Aligned with the positions that predict, as logits are: shifted, entry t is about label t + 1. 0 and False where a
+    position is not active; never differentiated. Processed logits are those that the softmax sees: after bias, scale
+    and softcap.
+
+    Attributes:
+        entropy: ``−Σ_v p_v·log p_v`` in nats, ``[N, T]``, packed ``[total]``, float32 (float64 for float64).
+        is_top1: whether no processed logit is larger than the label's, bool.
+        mean_logits: mean of the processed logits over the vocabulary.
     """
 
-    def __init_subclass__(cls, tensors: tuple[str, ...], **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-
-        def flatten(record: Any) -> tuple[list, dict]:
-            given = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-            return [given.pop(name) for name in tensors], given
-
-        def flatten_with_keys(record: Any) -> tuple[list, dict]:
-            children, rest = flatten(record)
-            return [(GetAttrKey(name), child) for name, child in zip(tensors, children, strict=True)], rest
-
-        def unflatten(children: Any, rest: Any) -> Any:
-            return cls(**dict(zip(tensors, children, strict=True)), **rest)
-
-        register_pytree_node(
-            cls, flatten, unflatten, serialized_type_name=f"napo_loss.{cls.__name__}",
-            flatten_with_keys_fn=flatten_with_keys,
-        )  # fmt: skip
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """The record with every tensor moved or cast, as ``Tensor.to`` does."""
-        return tree_map_only(Tensor, lambda x: x.to(*args, **kwargs), self)
-
-    def _replace(self, **changes: Any) -> Self:
-        """The record with some fields changed."""
-        return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType]
-
-
-class SharesGroup:
-    """Base of what holds a ``process_group``: a deep copy has the same one, which is a connection and no value."""
-
-    process_group: ProcessGroup | None
-
-    def __deepcopy__(self, memo: dict) -> Self:
-        memo[id(self.process_group)] = self.process_group
-        memo[id(self)] = twin = self.__new__(type(self))
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+    entropy: Tensor
+    is_top1: Tensor
+    mean_logits: Tensor
 
 
 class SequenceLogps(NamedTuple):
@@ -74,10 +42,18 @@ class SequenceLogps(NamedTuple):
     Attributes:
         sum: ``Σ_t w_t·log π(y_t)`` over active positions, in nats, shape ``[N]`` (or any shape).
         length: number of active positions (or the sum of their token weights), same shape.
+        tokens: of each position, where they were asked for.
+        aux_loss: what a model adds to its loss beside the log-probs, such as the balance of its experts.
     """
 
     sum: Tensor
     length: Tensor
+    tokens: TokenStatistics | None = None
+    aux_loss: Tensor | None = None
+
+    def __repr__(self) -> str:
+        given = {name: x for name, x in self._asdict().items() if x is not None}
+        return f"SequenceLogps({', '.join(f'{name}={x!r}' for name, x in given.items())})"
 
     @property
     def mean(self) -> Tensor:
@@ -91,8 +67,9 @@ class SequenceLogps(NamedTuple):
             K: negatives per chosen; ``N`` must be a multiple of ``1 + K``.
 
         Returns:
-            The chosen, ``[B]``, and the negatives, ``[B]`` for ``K = 1`` and ``[K, B]`` above. Views: nothing is
-            copied, and where the loss hands back one gradient for both, nothing is copied backward either.
+            The chosen, ``[B]``, and the negatives, ``[B]`` for ``K = 1`` and ``[K, B]`` above, without what is not of
+            sequences. Views: nothing is copied, and where the loss hands back one gradient for both, nothing is copied
+            backward either.
         """
         N = self.sum.shape[0]
         if self.sum.dim() != 1 or K < 1 or N % (1 + K):

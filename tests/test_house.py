@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "napo_loss"
 FLOORS = [
-    {"_version", "types", "checks", "backend", "reference"},
+    {"_version", "trees", "types", "checks", "backend", "reference"},
     {"parallel"},
     {"objective", "logps"},  # neither knows of the other
     {"hf"},

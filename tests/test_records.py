@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
 from napo_loss import (
     RELEASED,
@@ -24,6 +24,7 @@ from napo_loss import (
     PreferenceLoss,
     Recipe,
     SequenceLogps,
+    TokenStatistics,
     VocabShard,
     napo_loss,
     noise_aware_dpo_loss,
@@ -38,7 +39,7 @@ def output(K=None) -> NaPOOutput:
 OF_TENSORS = [
     output(),
     output(3),
-    SequenceLogps(torch.rand(3), torch.ones(3)),
+    SequenceLogps(torch.rand(3), torch.ones(3), TokenStatistics(*torch.rand(3, 2, 4)), torch.rand(())),
     noise_aware_dpo_loss(*(-torch.rand(4) for _ in range(4)), q=0.5),
     LowRank(torch.rand(5, 4), torch.rand(2, 4), torch.rand(5, 2), 0.5),
     VocabShard(torch.rand(1, 2, 4), None, V=4, start=0),
@@ -69,6 +70,8 @@ def assert_same(actual, expected, *, dtype=None):
     for name, x in fields(expected).items():
         if isinstance(x, torch.Tensor):
             torch.testing.assert_close(getattr(actual, name), x if dtype is None else x.to(dtype), msg=name)
+        elif isinstance(x, TokenStatistics):
+            assert_same(getattr(actual, name), x, dtype=dtype)
         else:
             assert getattr(actual, name) == x, name
 
@@ -77,6 +80,18 @@ def assert_same(actual, expected, *, dtype=None):
 @pytest.mark.parametrize("record", OF_TENSORS, ids=lambda x: type(x).__name__)
 def test_a_walk_changes_tensors_and_nothing_else(record, walk):
     assert_same(WALKS[walk](record, lambda x: x.double()), record, dtype=torch.float64)
+
+
+def test_what_sequence_logps_lack_stays_none():
+    """A NamedTuple is a tree with None among its leaves: what walks over tensors meets it and leaves it."""
+    plain = SequenceLogps(torch.rand(3), torch.ones(3))
+    assert str(plain) == f"SequenceLogps(sum={plain.sum}, length={plain.length})"
+    for walked in (
+        tree_map_only(torch.Tensor, torch.clone, plain), WALKS["apply_to_collection"](plain, torch.clone),
+        send_to_device(plain, "cpu"), convert_outputs_to_fp32(lambda: plain)(), copy.deepcopy(plain),
+    ):  # fmt: skip
+        assert_same(walked, plain)
+        assert walked.tokens is walked.aux_loss is None
 
 
 @pytest.mark.parametrize("record", OF_TENSORS, ids=lambda x: type(x).__name__)

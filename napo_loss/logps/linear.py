@@ -37,6 +37,7 @@ def linear_sequence_logps(
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
     logits_budget: int | None = None,
+    token_statistics: bool = False,
     backend: Literal["auto", "triton", "eager"] = "auto",
 ) -> SequenceLogps:
     r"""Log-probability of each sequence's active tokens from hidden states, without ever storing the logits.
@@ -89,6 +90,8 @@ def linear_sequence_logps(
         The factored gradient is the softmax cross-entropy's; the order of work is this library's, see DESIGN.md. What
         it costs: docs/logps.md.
     """
+    if token_statistics:
+        raise NotImplementedError("token_statistics=True: the kernels do not compute them yet")
     hidden, weight, bias, columns = local_head(hidden, weight, bias)
     head = Head.of(weight, bias, logit_scale=logit_scale, softcap=softcap)
     packed = cu_seqlens is not None

@@ -13,7 +13,8 @@ from napo_loss.objective.checks import checked_beta
 from napo_loss.objective.loss import napo_loss
 from napo_loss.objective.negatives import Logps
 from napo_loss.objective.recipes import Recipe, misplaced
-from napo_loss.types import NaPOOutput, SharesGroup
+from napo_loss.trees import SharesGroup
+from napo_loss.types import NaPOOutput
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

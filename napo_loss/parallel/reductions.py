@@ -33,7 +33,7 @@ def all_reduce_logps(logps: SequenceLogps, process_group: ProcessGroup | None) -
             ``init_process_group`` is None): this process alone.
 
     Returns:
-        :class:`SequenceLogps` of whole sequences, equal on every rank.
+        :class:`SequenceLogps` of whole sequences, equal on every rank; ``tokens`` and ``aux_loss`` stay this rank's.
 
     Raises:
         TypeError: where ``logps`` is no SequenceLogps or ``process_group`` no process group.
@@ -57,7 +57,7 @@ def all_reduce_logps(logps: SequenceLogps, process_group: ProcessGroup | None) -
     if process_group is None:
         return logps
     sums, lengths = _AllReduce.apply(torch.stack([logps.sum, logps.length.detach()]), process_group)
-    return SequenceLogps(sums, lengths.detach())
+    return logps._replace(sum=sums, length=lengths.detach())
 
 
 class _AllReduce(torch.autograd.Function):

@@ -155,7 +155,7 @@ class NaPOTrainer(DPOTrainer):
         # Prompt-learning PEFT prepends virtual tokens to the outputs: the last positions are those of the real ones.
         token_logps = outputs.log_probs[:, -mask.shape[1] :]
         chosen, rejected = SequenceLogps(token_logps.sum(1), mask.sum(1).float()).pairs(K)
-        rejected = SequenceLogps(*(x.view(K, -1) for x in rejected))
+        rejected = SequenceLogps(rejected.sum.view(K, -1), rejected.length.view(K, -1))
         reference = reference.view(1 + K, -1)
         self.napo.train(self.model.training)  # evaluation neither reads nor moves what training smooths
         out = self.napo(chosen, rejected, reference[0], reference[1:])
