@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from napo_loss.hf.head import unwrap
+from napo_loss.hf.wrappers import unwrap
 from napo_loss.trl.config import NaPOConfig
 
 
