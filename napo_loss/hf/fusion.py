@@ -37,7 +37,6 @@ class Fusion:
 
     def __init__(self, model: nn.Module, token_statistics: bool = False, logits_budget: int | None = None):
         self.active = True
-        self.probing = False
         self.token_statistics = token_statistics
         self.logits_budget = logits_budget
         self.calls = threading.local()
@@ -66,7 +65,7 @@ class Fusion:
         """Before everybody else's where a shard must still be whole, and after where they prepare or cast."""
         handles = [
             self.caller.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True),
-            self.caller.register_forward_hook(self.leave),
+            self.caller.register_forward_hook(self.leave, always_call=True),
         ]
         for layer in self.layers:
             handles.append(layer.register_forward_pre_hook(self.shrink))
@@ -78,10 +77,14 @@ class Fusion:
         """The call that this thread is in."""
         return getattr(self.calls, "now", None) if self.active else None
 
+    @property
+    def probing(self) -> bool:
+        return getattr(self.calls, "probing", False)
+
     @torch.compiler.disable
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Takes from the call what is not the model's, its labels above all: it would compute a loss of all logits."""
-        if self.probing or not self.active:
+        if not self.active or self.probing:
             return None
         self.calls.now = None
         if kwargs.get("labels") is None:
@@ -99,7 +102,7 @@ class Fusion:
 
     def _read_off(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], call: FusedCall) -> None:
         """Runs the model with a ramp for its logits; of a compiled model, what was compiled."""
-        self.calls.now, self.probing = call, True
+        self.calls.now, self.calls.probing = call, True
         devices = {p.device for p in self.inner.parameters() if p.device.type == "cuda"}
         try:
             with torch.no_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
@@ -107,7 +110,7 @@ class Fusion:
                 warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
                 output = getattr(module, "_orig_mod", module)(*args, **kwargs)
         finally:
-            self.calls.now, self.probing = None, False
+            self.calls.now, self.calls.probing = None, False
         self._check_called(call)
         assert call.shown is not None
         shown = call.shown.full_tensor() if is_dtensor(call.shown) else call.shown
@@ -177,6 +180,8 @@ class Fusion:
         if call is None or self.probing:
             return None
         self.calls.now = None
+        if output is None:  # an error is on its way
+            return None
         self._check_called(call)
         logits = _logits(output, self.name)
         assert call.logps is not None
@@ -210,5 +215,5 @@ def _logits(output: Any, name: str) -> Tensor:
 
 def _inert() -> Fusion:
     fusion = Fusion.__new__(Fusion)
-    fusion.active = fusion.probing = False
+    fusion.active = False
     return fusion

@@ -17,6 +17,10 @@ from torch import Tensor
 POWERS = (0, -4, 9, 3, -2, 6, -1, 4, 1, 7, -3, 5, 2, 8)
 """Of two, in the ramp: exact in every dtype, from the straight part of a softcap to its ends; a small vocabulary has
 the first of them."""
+SMALL = 3
+"""Where the ramp has 2⁻⁴."""
+FULL = 1e-6
+"""Rounding below which a number that was read off can be taken as it is."""
 SLACK = 4
 """Roundings of its dtype that a processed logit may be away from ours: scale, quotient, tanh and product make one."""
 
@@ -61,9 +65,8 @@ def solve(
         expected = found(x)
         return ((rows - expected).abs() > SLACK * eps * expected.abs()).any(0) | ~rows.isfinite().all(0)
 
-    read = float(rows[0, 1])  # of a one
     best: tuple[int, Processing] | None = None
-    for found in _candidates(read, config, eps):
+    for found in _candidates(x, rows[0], config, eps):
         off = int(wrong(found).sum())
         if off == 0:
             return found
@@ -79,25 +82,26 @@ def solve(
     )
 
 
-def _candidates(read: float, config: Any, eps: float) -> Iterator[Processing]:
-    """The likeliest first; ``read`` is what became of a logit of 1."""
+def _candidates(
+    shown: Tensor,  # [V]
+    seen: Tensor,  # [V]
+    config: Any,
+    eps: float,
+) -> Iterator[Processing]:
+    """The likeliest first, from what became of a small logit."""
+    small = min(SMALL, len(shown) - 1)
+    x, z = float(shown[small]), float(seen[small])
     numbers = sorted(set(_numbers(config)))
     scales = sorted({1.0, *numbers, *(1 / v for v in numbers), *(v**0.5 for v in numbers), *(v**-0.5 for v in numbers)})
-    near = [s for s in scales if abs(s - read) <= SLACK * eps * abs(s)]
-    near.sort(key=lambda s: (s != 1, abs(s - read)))
-    yield from (Processing(logit_scale=None if s == 1 else s) for s in near)
-    if math.isfinite(read) and read and eps < 1e-6:
-        yield Processing(logit_scale=read)
-    for cap in numbers:
-        if not abs(read) < cap:
+    for cap in (None, *numbers):
+        if x == 0 or not (z and (math.isfinite(z) if cap is None else abs(z) < cap)):
             continue
-        straight = cap * math.atanh(read / cap)
-        room = SLACK * eps / (1 - (read / cap) ** 2)  # atanh is steep near the cap
-        close = [s for s in scales if abs(s - straight) <= room * abs(s)]
-        close.sort(key=lambda s: (s != 1, abs(s - straight)))
-        yield from (Processing(None if s == 1 else s, cap) for s in close)
-        if straight and eps < 1e-6:
-            yield Processing(straight, cap)
+        read = z / x if cap is None else cap * math.atanh(z / cap) / x
+        room = SLACK * eps / (1 - (z / cap) ** 2 if cap else 1)  # atanh is steep near the cap
+        near = sorted((s for s in scales if abs(s - read) <= room * s), key=lambda s: (s != 1, abs(s - read)))
+        yield from (Processing(None if s == 1 else s, cap) for s in near)
+        if eps < FULL:
+            yield Processing(read, cap)
     yield Processing()
 
 
