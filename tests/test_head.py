@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     CohereConfig,
@@ -16,6 +16,8 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 import tiny
@@ -127,6 +129,21 @@ def test_models_without_a_head_are_refused():
         pass
 
 
+def test_the_auxiliary_loss_of_a_mixture_of_experts():
+    torch.manual_seed(0)
+    size = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.1, "num_key_value_heads": 1}
+    model = MixtralForCausalLM(MixtralConfig(**SIZE, **TOKENS, **size)).eval()
+    inputs, labels = batch()
+    plain = model(**inputs, output_router_logits=True)
+    with fused_head(model):
+        assert model(**inputs, labels=labels).aux_loss is None
+        logps = model(**inputs, labels=labels, output_router_logits=True)
+    torch.testing.assert_close(logps.aux_loss, plain.aux_loss)
+    torch.testing.assert_close(logps.sum, sequence_logps(plain.logits, labels).sum, rtol=1e-5, atol=1e-5)
+    (logps.sum.sum() + logps.aux_loss).backward()
+    assert model.model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
+
+
 def test_packed_sequences():
     model = MODELS["llama"]()
     inputs, labels = batch(N=2, T=6)
@@ -215,8 +232,8 @@ def check_agreement(group, how, tied, saved):
     inputs, labels = batch()
     expected_losses, expected = step(pair_model(tied), inputs, labels)
     model, rank, mesh = pair_model(tied), group.rank(), DeviceMesh.from_group(group, "cpu")
-    if how == "ddp":
-        model = DistributedDataParallel(model, process_group=group)
+    if how.startswith("ddp"):
+        model = DistributedDataParallel(model, process_group=group, find_unused_parameters=how == "ddp-unused")
     elif how == "tp":
         model = type(model).from_pretrained(saved, tp_plan="auto")
         assert type(model.lm_head.weight).__name__ == "DTensor"
@@ -237,10 +254,59 @@ def check_agreement(group, how, tied, saved):
     assert len(grads) == len(expected)
 
 
+def check_cast(group):
+    """FSDP2 casts a model's output, in accelerate to bfloat16, which holds 1000 nats to the nearest 4; not the sums."""
+    inputs, labels = batch()
+    model = pair_model(tied=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)
+    with fused_head(model), torch.no_grad():
+        expected = model(**inputs, labels=labels).sum
+    policy = MixedPrecisionPolicy(output_dtype=torch.bfloat16)
+    fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"), mp_policy=policy)
+    assert model(**inputs).logits.dtype == torch.bfloat16
+    with fused_head(model):
+        logps = model(**inputs, labels=labels).sum
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+    logps.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_fsdp2_does_not_round_the_sums(two_ranks):
+    two_ranks.run(2, check_cast)
+
+
+def check_peft(group):
+    """Gradients of LoRA on the head, of a PEFT model sharded as a whole, are those of one process."""
+
+    def build():
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False, lora_bias=False)
+        return get_peft_model(tiny.llama(), config)
+
+    inputs, labels = batch()
+    _, expected = step(build(), inputs, labels)
+    model = build()
+    fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+    order = [group.rank(), group.rank() + 2]
+    _, grads = step(model, {name: x[order] for name, x in inputs.items()}, labels[order])
+    assert any("lm_head.lora_B" in name for name in grads)
+    for name, grad in grads.items():
+        if expected[name] is None:
+            assert grad is None
+        else:
+            torch.testing.assert_close(grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_fsdp2_around_peft_with_lora_on_the_head(two_ranks):
+    two_ranks.run(2, check_peft)
+
+
 @pytest.mark.parametrize(
     ("how", "tied"),
-    [("ddp", False), ("fsdp2", False), ("fsdp2", True), ("fsdp2-head", False), ("tp", False)],
-    ids=["ddp", "fsdp2", "fsdp2-tied", "fsdp2-head", "tp"],
+    [("ddp", False), ("ddp-unused", False), ("fsdp2", False), ("fsdp2", True), ("fsdp2-head", False), ("tp", False)],
+    ids=["ddp", "ddp-unused", "fsdp2", "fsdp2-tied", "fsdp2-head", "tp"],
 )
 def test_two_ranks_agree_with_one_process(two_ranks, how, tied, tmp_path):
     pair_model(tied).save_pretrained(tmp_path)
