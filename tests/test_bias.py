@@ -1,6 +1,7 @@
 """Biased negatives with a real (tiny, random) LLaVA: what the model gets to see, what comes back, and resuming."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
+from filelock import FileLock  # noqa: E402
 from PIL import Image  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor  # noqa: E402
@@ -19,7 +21,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import processes  # noqa: E402
 from napo_loss.bias import BiasSettings, add_biased_negatives  # noqa: E402
 from napo_loss.bias.answers import Answers  # noqa: E402
-from napo_loss.bias.cache import dataset_digest, model_digest  # noqa: E402
 from napo_loss.bias.removal import remove_image, without_placeholders  # noqa: E402
 
 TEXT = "USER: ASSISTANT: what who is this that here ? Describe the image. a b c d e f"
@@ -356,17 +357,61 @@ def test_a_cache_serves_one_run_only(model, processor, tmp_path):
         weight.sub_(1.0)
 
 
-def test_a_cache_from_before_there_were_beams_still_serves(model, processor, tmp_path):
-    data, settings = strings(2), BiasSettings()
-    run = {
-        "kind": "image_only", "dataset": dataset_digest(data), "model": model_digest(model),
-        "instruction": "Describe the image.", "max_new_tokens": 256, "temperature": 0.0, "seed": 0,
-        "crop_area": [0.01, 0.2], "question_pattern": settings.question_pattern, "image_removal": "mask",
-        "batch_size": None,
-    }  # fmt: skip
-    (tmp_path / "image_only.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [run, "found here", "and here"]))
-    result = add_biased_negatives(data, model, processor, kinds=["image_only"], cache_dir=tmp_path)
-    assert result["image_only"] == ["found here", "and here"]
+def cached(model, processor, folder, data, **settings):
+    options = {"settings": BiasSettings(max_new_tokens=2, **settings), "kinds": ["image_only"], "batch_size": 2}
+    return add_biased_negatives(data, model, processor, cache_dir=folder, **options)["image_only"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: [*lines[:2], "null", *lines[2:]], r"line 3 of .*only.jsonl must be \[1, answer\], got 'None'"),
+        (lambda lines: [*lines[:3], lines[2], *lines[3:]], r"line 4 of .*image_only.jsonl must be \[2, answer\]"),
+        (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], r"line 2 of .* must be \[0, answer\]"),
+        (lambda lines: [lines[0], *lines[2:]], r"line 2 of .* must be \[0, answer\]"),
+        (lambda lines: [lines[0], json.dumps(["0", "a"]), *lines[2:]], r"line 2 of .* must be \[0, answer\]"),
+        (lambda lines: [lines[0], json.dumps([0, 7]), *lines[2:]], r"line 2 of .* must be \[0, answer\]"),
+        (lambda lines: [lines[0], json.dumps("as drafts wrote"), *lines[2:]], r"line 2 of .* must be \[0, answer\]"),
+        (lambda lines: [*lines[:2], lines[2][:-3], *lines[3:]], "line 3 of .*image_only.jsonl is no JSON"),
+        (lambda lines: ["7", *lines[1:]], "line 1 of .*image_only.jsonl describes no run"),
+        (lambda lines: ["{", *lines[1:]], "line 1 of .*image_only.jsonl is no JSON"),
+        (lambda lines: [*lines, json.dumps([5, "more"])], "has 6 answers for 5 rows"),
+    ],
+    ids=["null", "doubled", "swapped", "lost", "no index", "no answer", "old", "torn", "no run", "torn run", "more"],
+)  # fmt: skip
+def test_every_line_of_a_cache_is_checked_and_named(change, message, model, processor, tmp_path):
+    data, file = strings(5), tmp_path / "image_only.jsonl"
+    cached(model, processor, tmp_path, data)
+    file.write_text("".join(line + "\n" for line in change(file.read_text().splitlines())))
+    with pytest.raises(ValueError, match=message):
+        cached(model, processor, tmp_path, data)
+
+
+def test_a_cache_that_was_cut_anywhere_gives_the_same_answers(model, processor, tmp_path):
+    data, file = strings(5), tmp_path / "image_only.jsonl"
+    for settings in ({}, {"temperature": 1.5}):
+        shutil.rmtree(tmp_path)
+        whole = cached(model, processor, tmp_path, data, **settings)
+        everything = file.read_bytes()
+        for size in range(0, len(everything), 29):
+            file.write_bytes(everything[:size])
+            assert cached(model, processor, tmp_path, data, **settings) == whole
+            assert file.read_bytes() == everything
+
+
+def test_one_process_writes_and_a_complete_cache_is_only_read(model, processor, tmp_path, monkeypatch):
+    data, file = strings(4), tmp_path / "image_only.jsonl"
+    whole = cached(model, processor, tmp_path, data)
+    everything = file.read_bytes()
+    with FileLock(f"{file}.lock"):
+        monkeypatch.setattr(type(file), "mkdir", lambda *a, **k: pytest.fail("a complete cache was opened to write"))
+        assert cached(model, processor, tmp_path, data) == whole
+        monkeypatch.undo()
+        file.write_bytes(everything[:-10])
+        with pytest.raises(RuntimeError, match=r"another process is writing .*image_only\.jsonl"):
+            cached(model, processor, tmp_path, data)
+        assert file.read_bytes() == everything[:-10]
+    assert cached(model, processor, tmp_path, data) == whole
 
 
 def test_model_and_random_state_are_left_as_they_were(model, processor):

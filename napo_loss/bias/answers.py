@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from napo_loss.bias.cache import resume
+from napo_loss.bias.cache import AnswerCache
 from napo_loss.bias.removal import conversation, images_of, neutral_text, remove_image, without_placeholders
 from napo_loss.bias.settings import KINDS, BiasSettings
 
@@ -104,22 +103,27 @@ class Answers:
         return np.random.default_rng([self.settings.seed, KINDS.index(self.kind), *key])
 
 
-def answer_all(dataset: Dataset, answer: Answers, batch_size: int, cache: Path | None, run: dict) -> list[str]:
+def answer_all(dataset: Dataset, answer: Answers, batch_size: int, path: Path | None, run: dict) -> list[str]:
+    cache = None if path is None else AnswerCache(path, {"kind": answer.kind, **run}, batch_size, len(dataset))
+    if cache is None:
+        answers: list[str] = []
+        _generate(dataset, answer, batch_size, answers, answers.extend)
+    elif len(answers := cache.read()) < len(dataset):
+        with cache.writer() as (answers, append):
+            _generate(dataset, answer, batch_size, answers, append)
+    return answers
+
+
+def _generate(dataset: Dataset, answer: Answers, batch_size: int, answers: list[str], append: Callable) -> None:
     from tqdm.auto import tqdm
 
-    answers = [] if cache is None else resume(cache, {"kind": answer.kind, **run}, batch_size, len(dataset))
-    names = ["prompt", "images" if "images" in dataset.column_names else "image"]
-    rows = dataset.select_columns(names)
+    rows = dataset.select_columns(["prompt", "images" if "images" in dataset.column_names else "image"])
     with tqdm(total=len(dataset), initial=len(answers), desc=answer.kind, unit="answer", leave=False) as bar:
         for start in range(len(answers), len(dataset), batch_size):
             indices = range(start, min(start + batch_size, len(dataset)))
             new = answer([rows[i] for i in indices], indices)
-            if cache is not None:
-                with cache.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(a) + "\n" for a in new)
-            answers += new
+            append(new)
             bar.update(len(new))
-    return answers
 
 
 @contextmanager

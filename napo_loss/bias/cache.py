@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,23 +13,86 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def resume(cache: Path, run: dict, batch_size: int, total: int) -> list[str]:
-    """The answers already on disk. A torn last line is cut off, and with sampling its whole batch."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    lines = cache.read_bytes().splitlines(keepends=True) if cache.exists() else []
-    lines = lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
-    if lines and (found := json.loads(lines[0])) != run:
-        differing = sorted(k for k in {*found, *run} if found.get(k) != run.get(k))
-        raise ValueError(f"cache_dir holds {cache.name} of another run, which differs in {differing}: use a new folder")
-    done = len(lines) - 1
-    if run["temperature"] > 0 and done < total:  # one seed per batch: batches start where they would have
-        done -= done % batch_size
-    lines = lines[: 1 + done]
-    with cache.open("ab") as file:  # cut rather than written anew: a second interruption must not lose the first part
-        file.truncate(sum(map(len, lines)))
+class AnswerCache:
+    """A file of JSON lines: the run, then ``[row, answer]`` in the order of the rows. One process writes it at a time.
+
+    Every line is checked as it is read, for an answer in another's row would be trained on and never seen. Only the
+    last may be torn, where a run was killed; it is generated again.
+    """
+
+    def __init__(self, path: Path, run: dict[str, Any], batch_size: int, total: int):
+        self.path, self.run, self.total = path, run, total
+        self.whole = batch_size if run["temperature"] > 0 else 1  # sampled with one seed per batch, which starts anew
+
+    def read(self) -> list[str]:
+        """The answers that are there, of whole batches where they were sampled; a complete file is only read."""
+        return [answer for _, answer in self._lines()[1]]
+
+    @contextmanager
+    def writer(self) -> Iterator[tuple[list[str], Callable[[Sequence[str]], None]]]:
+        """The answers so far, and what appends more of them; an error where another process writes."""
+        from filelock import FileLock, Timeout
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(f"{self.path}.lock", timeout=0).acquire()
+        except Timeout as error:
+            raise RuntimeError(f"cache_dir: another process is writing {self.path}") from error
+        with lock:
+            size, found = self._lines()
+            answers = [answer for _, answer in found]
+            with self.path.open("ab") as file:  # cut, not written anew: a second kill must not lose the first part
+                file.truncate(size)
+                if size == 0:
+                    file.write(json.dumps(self.run).encode() + b"\n")
+
+                def append(new: Sequence[str]) -> None:
+                    start = len(answers)
+                    file.write(b"".join(json.dumps([start + i, a]).encode() + b"\n" for i, a in enumerate(new)))
+                    file.flush()
+                    answers.extend(new)
+
+                yield answers, append
+
+    def _lines(self) -> tuple[int, list[tuple[int, str]]]:
+        """Bytes of the lines that stay, and what these say."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
         if not lines:
-            file.write(json.dumps(run).encode() + b"\n")
-    return [json.loads(line) for line in lines[1:]]
+            return 0, []
+        parsed = [self._parse(number, line) for number, line in enumerate(lines)]
+        found = parsed[0]
+        if found != self.run:
+            if not isinstance(found, dict):
+                raise ValueError(f"cache_dir: line 1 of {self.path} describes no run: use a new folder")
+            differing = sorted(k for k in {*found, *self.run} if found.get(k) != self.run.get(k))
+            raise ValueError(
+                f"cache_dir holds {self.path.name} of another run, which differs in {differing}: use a new folder"
+            )
+        for number, entry in enumerate(parsed[1:]):
+            if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)) or entry[0] != number:
+                raise ValueError(
+                    f"cache_dir: line {number + 2} of {self.path} must be [{number}, answer], got {str(entry)[:60]!r}: "
+                    "cut the file off before it to continue from there, or use a new folder"
+                )
+        if len(parsed) - 1 > self.total:
+            raise ValueError(
+                f"cache_dir: {self.path} has {len(parsed) - 1} answers for {self.total} rows: use a new folder"
+            )
+        done = len(parsed) - 1
+        if done < self.total:
+            done -= done % self.whole
+        return sum(map(len, lines[: 1 + done])), parsed[1 : 1 + done]
+
+    def _parse(self, number: int, line: bytes) -> Any:
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"cache_dir: line {number + 1} of {self.path} is no JSON: cut the file off before it to continue from "
+                "there, or use a new folder"
+            ) from error
 
 
 def dataset_digest(dataset: Dataset) -> str:

@@ -69,8 +69,6 @@ def add_biased_negatives(
         "crop_area": list(settings.crop_area),
         "batch_size": batch_size if settings.temperature > 0 else None,
     }
-    if settings.num_beams == 1:  # caches from before there were beams name none
-        del run["num_beams"]
     columns = {}
     with evaluation(model):
         for kind in kinds:
