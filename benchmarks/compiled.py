@@ -102,7 +102,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         plain = {"bias": None, "logit_scale": 1.0, "softcap": 0.0}
         yield f"{name} log-probs only", lambda r=raw, h=plain: linear_rows(r, labels[0], None, **h)
 
-    constants = Constants(eager.MIN_Q, eager.WEIGHT_FLOOR, eager.WEIGHT_PRIOR, MIN_LENGTH)
+    constants = Constants(eager.MIN_Q, eager.WEIGHT_FLOOR, eager.WEIGHT_PRIOR, eager.MOST_GAIN, MIN_LENGTH)
     for K, B in ((1, 1), (3, 64)):
         row, rows = torch.zeros(B), torch.zeros(K, B)
         for average, dynamic in ((False, False), (True, True)):

@@ -11,45 +11,11 @@ import triton
 import triton.language as tl
 
 from napo_loss.kernels.launch import on_device
+from napo_loss.kernels.objective_margins import margins, smooth
 from napo_loss.kernels.objective_records import Constants, Outputs, Settings, Switches
 from napo_loss.kernels.sigmoid import expm1, log_sigmoid
 
 TILE = 1024  # elements of a [K, B] tile
-
-
-@triton.jit
-def _margins(
-    policy_chosen_ptr,
-    policy_rejected_ptr,
-    reference_chosen_ptr,
-    reference_rejected_ptr,
-    chosen_length_ptr,
-    rejected_length_ptr,
-    b,
-    k,
-    B,
-    K,
-    MIN_LENGTH: tl.constexpr,
-    HAS_REFERENCE: tl.constexpr,
-    HAS_LENGTH: tl.constexpr,
-):
-    """Log-ratios ``[BLOCK_B]`` and ``[BLOCK_K, BLOCK_B]`` with the lengths of their sequences (1 if not given)."""
-    in_b = b < B
-    at = k[:, None] * B + b[None, :]
-    inside = (k < K)[:, None] & in_b[None, :]
-    chosen = tl.load(policy_chosen_ptr + b, mask=in_b, other=0.0).to(tl.float32)
-    rejected = tl.load(policy_rejected_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if HAS_REFERENCE:
-        chosen -= tl.load(reference_chosen_ptr + b, mask=in_b, other=0.0).to(tl.float32)
-        rejected -= tl.load(reference_rejected_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    chosen_length = tl.full(chosen.shape, 1.0, tl.float32)
-    rejected_length = tl.full(rejected.shape, 1.0, tl.float32)
-    if HAS_LENGTH:
-        chosen_length = tl.load(chosen_length_ptr + b, mask=in_b, other=1.0).to(tl.float32)
-        rejected_length = tl.load(rejected_length_ptr + at, mask=inside, other=1.0).to(tl.float32)
-        chosen_length = tl.maximum(chosen_length, MIN_LENGTH)
-        rejected_length = tl.maximum(rejected_length, MIN_LENGTH)
-    return chosen, rejected, chosen_length, rejected_length, in_b, inside, at
 
 
 @triton.jit
@@ -87,6 +53,7 @@ def objective_kernel(
     MIN_Q: tl.constexpr,
     WEIGHT_FLOOR: tl.constexpr,
     WEIGHT_PRIOR: tl.constexpr,
+    MOST_GAIN: tl.constexpr,
     MIN_LENGTH: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     HAS_LENGTH: tl.constexpr,
@@ -113,7 +80,7 @@ def objective_kernel(
         psi_sum = tl.zeros([BLOCK_K, BLOCK_B], tl.float32)
         for start in range(0, B, BLOCK_B):
             b = start + tl.arange(0, BLOCK_B)
-            chosen, rejected, chosen_length, rejected_length, in_b, inside, at = _margins(
+            chosen, rejected, chosen_length, rejected_length, in_b, inside, at = margins(
                 policy_chosen_ptr, policy_rejected_ptr, reference_chosen_ptr, reference_rejected_ptr,
                 chosen_length_ptr, rejected_length_ptr, b, k, B, K, MIN_LENGTH, HAS_REFERENCE, HAS_LENGTH,
             )  # fmt: skip
@@ -136,17 +103,21 @@ def objective_kernel(
 
     if COMPUTE_LOSS:
         if HAS_PREVIOUS:
-            seen_mean = decay * tl.load(previous_mean_ptr + k, mask=in_k, other=0.0) + (1.0 - decay) * seen_mean
-            seen_square = decay * tl.load(previous_square_ptr + k, mask=in_k, other=0.0) + (1.0 - decay) * seen_square
+            before = tl.load(previous_mean_ptr + k, mask=in_k, other=0.0)
+            seen_mean = smooth(seen_mean, before, decay)
+            before = tl.load(previous_square_ptr + k, mask=in_k, other=0.0)
+            seen_square = smooth(seen_square, before, decay)
         tl.store(moment_mean_ptr + k, seen_mean, mask=in_k)
         tl.store(moment_square_ptr + k, seen_square, mask=in_k)
         rms = tl.sqrt(seen_square)
-        by_moments = 1.0 - seen_mean / tl.where(rms == 0, 1.0, rms)
+        # An infinite margin leaves nothing to read: q is 1, as where all are 0.
+        by_moments = 1.0 - tl.where(rms == float("inf"), 0.0, seen_mean / tl.where(rms == 0, 1.0, rms))
         q = tl.where(slope == slope, top / (1.0 + tl.exp(slope * seen_mean)), by_moments)
         q = tl.where(q < low, low, tl.where(q > 1.0, 1.0, q))  # a NaN margin stays a NaN q
         q = tl.where(fixed_q == fixed_q, fixed_q, q)
         if DYNAMIC:
-            gain = tl.where(in_k, tl.where(margin_mean < 0, 0.0, margin_mean) + WEIGHT_PRIOR, 0.0)
+            gain = tl.where(margin_mean < 0, 0.0, tl.where(margin_mean > MOST_GAIN, MOST_GAIN, margin_mean))
+            gain = tl.where(in_k, gain + WEIGHT_PRIOR, 0.0)
             share = gain / tl.sum(gain, axis=0)
             weight = tl.where(in_k, tl.where(share < WEIGHT_FLOOR, WEIGHT_FLOOR, share), 0.0)
         tl.store(q_ptr + k, q, mask=in_k)
@@ -156,7 +127,7 @@ def objective_kernel(
         safe_q = tl.where(is_dpo, 1.0, q[:, None])
         for start in range(0, B, BLOCK_B):
             b = start + tl.arange(0, BLOCK_B)
-            chosen, rejected, chosen_length, rejected_length, in_b, inside, at = _margins(
+            chosen, rejected, chosen_length, rejected_length, in_b, inside, at = margins(
                 policy_chosen_ptr, policy_rejected_ptr, reference_chosen_ptr, reference_rejected_ptr,
                 chosen_length_ptr, rejected_length_ptr, b, k, B, K, MIN_LENGTH, HAS_REFERENCE, HAS_LENGTH,
             )  # fmt: skip
@@ -167,16 +138,19 @@ def objective_kernel(
                 policy /= chosen_length
             x = beta * (chosen[None, :] - rejected)
             log_p = log_sigmoid(x)
-            y = q[:, None] * log_p
+            y = safe_q * log_p  # not 0·−inf, of a sequence that the policy excludes
             loss = tl.where(is_dpo, -log_p, -expm1(y) / safe_q)
-            loss = tl.sum(tl.where(inside, weight[:, None] * loss, 0.0), axis=0) - sft_weight * policy
+            weighs = inside & (weight != 0)[:, None]
+            loss = tl.sum(tl.where(weighs, weight[:, None] * loss, 0.0), axis=0)
+            loss -= tl.where(sft_weight != 0, sft_weight * policy, 0.0)
             tl.store(losses_ptr + b, loss, mask=in_b)
             tl.store(chosen_rewards_ptr + b, beta * chosen, mask=in_b)
             tl.store(rejected_rewards_ptr + at, beta * rejected, mask=inside)
 
             e = tl.exp(-tl.abs(x))
             not_p = tl.where(x >= 0, e, 1.0) / (1.0 + e)
-            grad = tl.where(inside, -beta * weight[:, None] * tl.exp(y) * not_p, 0.0)  # dloss/dψ
+            to_q = tl.where(is_dpo, 1.0, tl.exp(y))  # σ(x)^q
+            grad = tl.where(inside, -beta * weight[:, None] * to_q * not_p, 0.0)  # dloss/dψ
             grad_chosen = tl.sum(grad, axis=0) - sft_weight
             if AVERAGE:
                 grad_chosen /= chosen_length

@@ -11,6 +11,7 @@ class Constants(NamedTuple):
     MIN_Q: float
     WEIGHT_FLOOR: float
     WEIGHT_PRIOR: float
+    MOST_GAIN: float
     MIN_LENGTH: float
 
 

@@ -27,6 +27,9 @@ WEIGHT_FLOOR = 0.01
 WEIGHT_PRIOR = 0.05
 """Nats that every negative has learned already, to dynamic weights: against them rounding noise is nothing."""
 
+MOST_GAIN = 1e30
+"""Nats beyond which a gain counts as this: of an infinite one there are no shares."""
+
 
 def objective(
     batch: PreferenceBatch,
@@ -63,7 +66,10 @@ def objective(
     else:
         weights = torch.stack([torch.full_like(margins[k], n.weight) for k, n in negatives])
     losses = box_cox(beta * psi, q if q.dim() == 2 else q[:, None])
-    losses = (weights[:, None] * losses).sum(0) - sft
+    # What has no weight is not there: zero times the infinite loss of a sequence that the policy excludes would be NaN.
+    losses = torch.where(weights[:, None] == 0, 0.0, weights[:, None] * losses).sum(0)
+    if recipe.sft_weight:
+        losses = losses - sft
     return NaPOOutput(losses, (beta * chosen).detach(), (beta * rejected).detach(), q.detach(), weights, moments)
 
 
@@ -78,7 +84,7 @@ def dynamic_weights(margins: Tensor) -> Tensor:
     Args:
         margins: mean ψ of each negative in nats, of what the loss reads, ``[K]``.
     """
-    gain = margins.clamp_min(0.0) + WEIGHT_PRIOR
+    gain = margins.clamp(0.0, MOST_GAIN) + WEIGHT_PRIOR
     return (gain / gain.sum()).clamp_min(WEIGHT_FLOOR)
 
 
@@ -89,8 +95,9 @@ def box_cox(x: Tensor, q: float | Tensor) -> Tensor:
         return -log_p if q < MIN_Q else -torch.expm1(q * log_p) / q
     q = q.detach().to(x.dtype)
     q = torch.where((q >= 0) & (q <= 1), q, torch.nan)
-    # Both sides of `where` are differentiated, so neither may divide by zero.
-    return torch.where(q < MIN_Q, -log_p, -torch.expm1(q * log_p) / torch.where(q < MIN_Q, 1.0, q))
+    # Both sides of `where` are differentiated, so neither may divide by zero, or multiply it by infinity.
+    safe_q = torch.where(q < MIN_Q, 1.0, q)
+    return torch.where(q < MIN_Q, -log_p, -torch.expm1(safe_q * log_p) / safe_q)
 
 
 def _q_of_negative(negative: Negative, moments: Moments, beta: float | Tensor) -> Tensor:

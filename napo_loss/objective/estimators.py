@@ -167,11 +167,15 @@ def check_estimator(estimator: str, alpha: float | None, q_from: str) -> None:
 def q_of(moments: Moments, estimator: str, alpha: float | Tensor, bounds: tuple[float, float]) -> Tensor:
     if estimator == "moment":
         rms = moments.square.sqrt()
-        q = 1 - moments.mean / torch.where(rms == 0, 1.0, rms)  # 1 where every margin is 0
+        # 1 where every margin is 0, and where one is infinite: beside it the others say nothing.
+        q = 1 - torch.where(rms.isinf(), 0.0, moments.mean / torch.where(rms == 0, 1.0, rms))
     else:
         q = (2 if estimator == "released" else 1) * torch.sigmoid(-alpha * moments.mean)
     return q.clamp(*bounds)
 
 
 def smooth(moments: Tensor, previous: Tensor | None, decay: float) -> Tensor:
-    return moments if previous is None else decay * previous + (1 - decay) * moments
+    """An infinite or NaN history is none, or a single pair that the policy excludes would stay in all later q."""
+    if previous is None:
+        return moments
+    return decay * torch.where(previous.isfinite(), previous, moments) + (1 - decay) * moments

@@ -98,7 +98,7 @@ class ObjectiveCall(Call):
         from napo_loss.kernels.objective import objective
         from napo_loss.kernels.objective_records import Constants, Switches
 
-        constants = Constants(eager.MIN_Q, eager.WEIGHT_FLOOR, eager.WEIGHT_PRIOR, MIN_LENGTH)
+        constants = Constants(eager.MIN_Q, eager.WEIGHT_FLOOR, eager.WEIGHT_PRIOR, eager.MOST_GAIN, MIN_LENGTH)
         return objective(
             self.logps._asdict(), on_device(self.negatives, self.logps.policy_chosen.device), self.previous_moments,
             self.means, constants, Switches(self.average, self.dynamic, compute_loss), beta=self.beta,
