@@ -1,7 +1,7 @@
-"""A training step of a small transformers model: NaPOTrainer, TRL's DPOTrainer, and that with Liger's parts.
+"""A training step of a small transformers model: NaPOTrainer, TRL's DPOTrainer, and that with others' parts.
 
-All are TRL trainers on the same pairs, so data, optimiser and logging cost the same; they differ in the head, the loss
-and, where Liger's layer kernels can run, the layers. The model is built from a config: nothing is downloaded.
+All are TRL trainers on the same pairs, so data and optimiser cost the same; they differ in the head, the loss, what
+they log and, where Liger's layer kernels can run, the layers. The model is built from a config: nothing is downloaded.
 """
 
 # Peers are optional, and transformers types its trainer's model too loosely to follow:
@@ -25,7 +25,13 @@ from benchmarks.measure import DEVICE, GPU, Peak, in_fresh_process, synchronize
 from benchmarks.record import Row
 from benchmarks.runner import Case, Timed
 
-PROVIDERS = ("napo_loss, NaPOTrainer", "TRL DPOTrainer", "TRL DPOTrainer, Liger layers", "Liger fused-linear DPO step")
+OURS, BARE, TRL, LAYERS, LIGER = PROVIDERS = (
+    "napo_loss, NaPOTrainer",
+    "napo_loss, fused_head subclass",
+    "TRL DPOTrainer",
+    "TRL DPOTrainer, Liger layers",
+    "Liger fused-linear DPO step",
+)
 
 
 class Size(NamedTuple):
@@ -131,11 +137,10 @@ def make_trainer(size: Size, name: str, folder: str) -> Any:
 
     from napo_loss.trl import NaPOConfig, NaPOTrainer
 
-    trainer: Any = NaPOTrainer if name == PROVIDERS[0] else DPOTrainer
-    config = NaPOConfig if name == PROVIDERS[0] else DPOConfig
-    if name == PROVIDERS[3]:
-        trainer = _liger_trainer()
-    layers = name == PROVIDERS[2]
+    made: dict[str, Any] = {OURS: lambda: NaPOTrainer, BARE: _bare_trainer, LIGER: _liger_trainer}
+    trainer = made.get(name, lambda: DPOTrainer)()
+    config = NaPOConfig if name == OURS else DPOConfig
+    layers = name == LAYERS
     if layers:
         import liger_kernel  # noqa: F401
 
@@ -187,6 +192,31 @@ def pairs(size: Size) -> Any:
     for name in ("chosen", "rejected"):  # the end-of-sequence token is the answer's last
         columns[name] = [f" {words(size.answer - 1)} " for _ in range(4 * size.B)]
     return Dataset.from_dict(columns)
+
+
+def _bare_trainer() -> Any:
+    """The subclass of docs/trainers.md, for one GPU: our head and loss, one metric."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    from napo_loss import fused_head, napo_loss
+
+    class BareTrainer(DPOTrainer):
+        model: Any
+        ref_model: Any
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            inputs = dict(inputs)
+            labels = inputs["input_ids"].masked_fill(inputs.pop("completion_mask") == 0, -100)
+            with torch.no_grad(), fused_head(self.ref_model):
+                reference = self.ref_model(**inputs, labels=labels).pairs()
+            with fused_head(model):
+                policy = model(**inputs, labels=labels).pairs()
+            out = napo_loss(*policy, *(x.sum for x in reference), beta=self.beta)
+            margin = (out.chosen_rewards - out.rejected_rewards).mean()
+            self._metrics["train" if self.model.training else "eval"]["rewards/margins"].append(margin.item())
+            return out.losses.mean()
+
+    return BareTrainer
 
 
 def _liger_trainer() -> Any:

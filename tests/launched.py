@@ -10,73 +10,37 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
-from datasets import Dataset, load_from_disk
-from transformers import TrainerCallback
+from datasets import load_from_disk
+from peft import LoraConfig
 
 import tiny
 from napo_loss import fused_head
-from napo_loss.trl import NaPOConfig, NaPOTrainer
+from napo_loss.trl import NaPOConfig
+from trainers import NAMES, Gradients, Recorded, pairs, whole
 
 BATCH, STEPS = 4, 2  # pairs per step on all ranks together
-NAMES = ["rejected", "question_only", "image_only"]
 VARIANTS = {
     "paper": {},
     "mean": {"q_from": "all_pairs"},  # with as many pairs on every rank the same numbers, by another way
     "dynamic": {"negative_weights": "dynamic", "average_logps": True, "sft_weight": 0.1, "q_decay": 0.5},
     "accumulated": {"gradient_accumulation_steps": 2, "max_steps": 1, "gradient_checkpointing": True},
     "vision": {"kind": "vision"},
+    # q of what two micro-batches hold on all ranks:
+    "batch": {"q_over": "batch", "gradient_accumulation_steps": 2, "average_logps": True, "q_decay": 0.5},
 }
 MODELS = {"text": tiny.llama(), "vision": tiny.llava()}  # made before DeepSpeed is, which would shard them at once
 RAGGED = {"max_steps": -1, "num_train_epochs": 1, "train_sampling_strategy": "sequential"}
+UNEVEN = {"accelerator_config": {"even_batches": False}, "q_over": "batch", "gradient_accumulation_steps": 2}
+ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)  # does something from the start
 KEPT = {"precompute_ref_log_probs": True, "save_strategy": "steps", "save_steps": 1, "q_decay": 0.5}
-
-
-def pairs(rows=range(8)) -> Dataset:
-    """No two rows alike, and of several lengths: a rank with another's rows, or another padding, would show."""
-    words = tiny.WORDS.split()[4:]
-
-    def text(i, k):
-        return "".join(f" {words[(3 * i + 5 * k + j) % len(words)]}" for j in range(1 + (i + 2 * k) % 4))
-
-    return Dataset.from_dict({c: [text(i, k) for i in rows] for k, c in enumerate(["prompt", "chosen", *NAMES])})
 
 
 def save_pairs(folder: Path) -> Path:
     """On disk, so that ranks share the cache of precomputed log-probs."""
     pairs().save_to_disk(str(folder / "train"))
     pairs(range(8, 16)).save_to_disk(str(folder / "held out"))
+    tiny.vision_pairs(8).save_to_disk(str(folder / "images"))
     return folder
-
-
-class Recorder(TrainerCallback):
-    """The whole gradient before every step of the optimiser; DeepSpeed keeps its gradients elsewhere."""
-
-    def __init__(self):
-        self.gradients = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-        if found:
-            self.gradients.append(found)
-
-
-class Recorded(NaPOTrainer):
-    """Keeps the numbers of every step as they are: the log has four digits."""
-
-    def _compute_loss(self, model, inputs, return_outputs):
-        out = super()._compute_loss(model, inputs, return_outputs)
-        if self.model.training:
-            loss = self.accelerator.reduce(out.detach(), "mean").item()
-            self.steps.append({"loss": loss, **{name: values[-1] for name, values in self._metrics["train"].items()}})
-        return out
-
-
-def whole(x: torch.Tensor) -> torch.Tensor:
-    if hasattr(x, "ds_id"):  # a parameter under ZeRO-3
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(x).clone()
-    return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
 
 
 def trainer_for(folder, *, kind="text", how="one", ranks=1, data=None, extra=None, **options) -> Recorded:
@@ -98,21 +62,19 @@ def trainer_for(folder, *, kind="text", how="one", ranks=1, data=None, extra=Non
     with torch.no_grad():  # margins differ from 0
         for p in policy.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    trainer = Recorded(
-        policy, None if args.precompute_ref_log_probs else model, args, callbacks=[Recorder()],
+    return Recorded(
+        policy, None if args.precompute_ref_log_probs else model, args, callbacks=[Gradients()],
         train_dataset=data or (pairs() if kind == "text" else tiny.vision_pairs(8)),
         processing_class=tiny.tokenizer() if kind == "text" else tiny.processor(), **(extra or {}),
     )  # fmt: skip
-    trainer.steps = []
-    return trainer
 
 
 def trained(trainer: Recorded, **kwargs) -> dict:
     """Trains, and returns what must not depend on how many processes did it."""
     trainer.train(**kwargs)
-    (recorder,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, Recorder))
-    weights = {name: whole(p) for name, p in trainer.model.named_parameters()}
-    return {"steps": trainer.steps, "gradients": recorder.gradients, "weights": weights}
+    (recorder,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, Gradients))
+    weights = {name: whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {"steps": trainer.steps, "gradients": recorder.steps, "weights": weights}
 
 
 def everything(folder: Path, how: str = "one", ranks: int = 1) -> dict:
@@ -144,12 +106,31 @@ def everything(folder: Path, how: str = "one", ranks: int = 1) -> dict:
     results["resumed"] = trained(resumed, resume_from_checkpoint=str(folder / "kept/checkpoint-1")) | {
         "moments": resumed.napo.previous_moments
     }
-    if ranks > 1:
-        try:
-            trainer_for(folder / "memory", **same, **KEPT)
-        except ValueError as error:
-            results["in memory"] = str(error)
+    results["uneven batch"] = trained(
+        trainer_for(folder / "uneven batch", **same, data=pairs(range(7)), **RAGGED, **UNEVEN)
+    )
+    results["in memory"] = trained(trainer_for(folder / "memory", **same, **KEPT))
+    results["images"] = kept_images(folder, **same)
+    if how != "fsdp2":  # where it is refused
+        kept |= {"save_strategy": "no", "extra": {"peft_config": copy.deepcopy(ADAPTER)}}
+        results["adapter"] = trained(trainer_for(folder / "adapter", **kept))
     return results
+
+
+def kept_images(folder: Path, **same) -> dict:
+    """The reference's log-probs of images: computed, then found; the ranks that find them compute nothing."""
+    images = load_from_disk(str(folder.parent / "images"))
+    options = {**same, "kind": "vision", "data": images, "precompute_ref_log_probs": True}
+    first = trainer_for(folder / "images", **options)
+    columns = [first.train_dataset[f"ref_{name}_logps"] for name in ("chosen", *NAMES)]
+    results = trained(first) | {"columns": torch.tensor(columns), "reference": first.ref_model}
+    passes, once = [], Recorded.reference_logps
+    Recorded.reference_logps = lambda *a, **k: passes.append(1) or once(*a, **k)
+    try:
+        trainer_for(folder / "images again", **options)
+    finally:
+        Recorded.reference_logps = once
+    return results | {"passes": len(passes)}
 
 
 def zero3_head() -> dict:

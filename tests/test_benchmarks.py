@@ -85,9 +85,15 @@ def batch_loss(name, folder):
 
 def test_ligers_step_computes_the_loss_of_dpo(tmp_path):
     pytest.importorskip("liger_kernel")
-    plain, liger = (batch_loss(end_to_end.PROVIDERS[i], tmp_path / str(i)) for i in (1, 3))
+    plain, liger = (batch_loss(name, tmp_path / name) for name in (end_to_end.TRL, end_to_end.LIGER))
     assert abs(plain - 0.6931) > 1e-3  # the policy has left its reference
     torch.testing.assert_close(liger, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bare_subclass_computes_the_loss_of_the_trainer(tmp_path):
+    ours, bare = (batch_loss(name, tmp_path / name) for name in (end_to_end.OURS, end_to_end.BARE))
+    assert abs(ours - 0.5) > 1e-3  # which it is at the start
+    torch.testing.assert_close(bare, ours, rtol=1e-5, atol=1e-6)
 
 
 def test_shapes_are_those_of_the_issue():

@@ -19,6 +19,7 @@ import processes
 import tiny
 from napo_loss import fused_head
 from napo_loss.trl import STATE_FILE
+from trainers import NAMES
 
 pytestmark = [
     # transformers 5.23 warns about names that TRL 1.16 still uses.
@@ -87,7 +88,7 @@ def assert_the_rest_is_the_same(results, expected, folder, *, gradients=True):
     # Left uneven, the loss is a mean of rank means, as everywhere in transformers; "mean" counts pairs for q.
     assert len(results["uneven"]["steps"]) == 2
     for a, b in zip(results["uneven"]["steps"], expected["uneven"]["steps"], strict=True):
-        for name in launched.NAMES:
+        for name in NAMES:
             assert a[f"napo/q/{name}"] == pytest.approx(b[f"napo/q/{name}"], rel=1e-5)
     kept, resumed = results["kept"], results["resumed"]
     assert kept["reference"] is None
@@ -99,7 +100,15 @@ def assert_the_rest_is_the_same(results, expected, folder, *, gradients=True):
     for name, weight in kept["weights"].items():
         assert torch.equal(resumed["weights"][name], weight), name
     close(resumed["moments"], kept["moments"], "moments")
-    assert "but the train dataset is in memory" in results["in memory"]
+    assert_same(results["in memory"], expected["in memory"], gradients=gradients)
+    assert_same(results["uneven batch"], expected["uneven batch"], gradients=gradients)  # every pair counts once
+    if "adapter" in results:
+        assert_same(results["adapter"], expected["adapter"], gradients=gradients)
+    images = results["images"]
+    close(images["columns"], expected["images"]["columns"], "log-probs of images")
+    assert_same(images, expected["images"], gradients=gradients)
+    assert images["reference"] is None
+    assert images["passes"] == 0
 
 
 WRAPPED = {  # how the classes of the policy and of the reference begin

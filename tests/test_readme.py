@@ -79,8 +79,7 @@ def hook(namespace: dict, *further):
 
 # What each line of the table of trainers gives, where it can be told without the trainer.
 TRAINERS = {
-    "TRL ≥ 1.16": lambda n: issubclass(n["NaPOTrainer"], importlib.import_module("trl").DPOTrainer),
-    "TRL 0.29 to 1.15": lambda n: "compute_loss" in n["page"],
+    "TRL ≥ 0.29": lambda n: issubclass(n["NaPOTrainer"], importlib.import_module("trl").DPOTrainer),
     "TRL 0.20 to 0.28": lambda n: hook(n, "sigmoid", {}),
     "LLaMA-Factory": lambda n: hook(vars(n["CustomDPOTrainer"])),
     "ms-swift": lambda n: hook(n, "sigmoid", {}) and n["TrainerFactory"].TRAINER_MAPPING == {"dpo": "plugin.Trainer"},

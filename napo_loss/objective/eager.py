@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,40 +37,66 @@ def objective(
     recipe: Recipe,
     previous_moments: Tensor | None,  # [2, K]
     process_group: ProcessGroup | None,
+    means: Tensor | None = None,  # [3, K], where they are of more than this batch, smoothed already
 ) -> NaPOOutput:
     """The objective in plain tensor operations, differentiable any number of times."""
-    logps, negatives = batch.logps, list(enumerate(batch.negatives))
-    chosen = log_ratio(logps.policy_chosen, logps.reference_chosen)  # [B]
-    rejected = log_ratio(logps.policy_rejected, logps.reference_rejected)  # [K, B]
-    sft = recipe.sft_weight * upcast(logps.policy_chosen)
+    chosen, rejected, psi, seen = margins_of(batch)
+    if means is None:
+        by_count = recipe.q_from == "all_pairs"
+        means = mean_over_group(means_of(psi, seen), psi.shape[-1], by_count=by_count, process_group=process_group)
+    moments, margins = means[:2], means[2]
+    if recipe.q_from == "each_pair":
+        moments = torch.stack([seen, seen * seen])  # [2, K, B]
+    moments = smooth(moments, previous_moments, recipe.decay)
+    q = torch.stack([_q_of_negative(n, Moments(*moments[:, k]), beta) for k, n in enumerate(batch.negatives)])
+    if batch.dynamic:
+        weights = dynamic_weights(margins)
+    else:
+        weights = torch.stack([torch.full_like(margins[k], n.weight) for k, n in enumerate(batch.negatives)])
+    losses = box_cox(beta * psi, q if q.dim() == 2 else q[:, None])
+    # What has no weight is not there: zero times the infinite loss of a sequence that the policy excludes would be NaN.
+    losses = torch.where(weights[:, None] == 0, 0.0, weights[:, None] * losses).sum(0)
+    if recipe.sft_weight:
+        losses = losses - sft_of(batch, recipe)
+    return NaPOOutput(losses, (beta * chosen).detach(), (beta * rejected).detach(), q.detach(), weights, moments)
+
+
+def sft_of(batch: PreferenceBatch, recipe: Recipe) -> Tensor:
+    """``sft_weight·log π(y_w)``, ``[B]``."""
+    sft = recipe.sft_weight * upcast(batch.logps.policy_chosen)
+    if batch.average and batch.logps.chosen_length is not None:
+        sft = sft / batch.logps.chosen_length.clamp_min(MIN_LENGTH)
+    return sft
+
+
+class Margins(NamedTuple):
+    """What the loss reads: log-ratios and margins, of sums or of per-token means."""
+
+    chosen: Tensor  # [B]
+    rejected: Tensor  # [K, B]
+    psi: Tensor  # [K, B]
+    seen: Tensor  # [K, B], detached: the margins that q is read from
+
+
+def margins_of(batch: PreferenceBatch) -> Margins:
+    logps = batch.logps
+    chosen = log_ratio(logps.policy_chosen, logps.reference_chosen)
+    rejected = log_ratio(logps.policy_rejected, logps.reference_rejected)
     by_sum = by_mean = chosen - rejected
     if logps.chosen_length is not None and logps.rejected_length is not None:
         chosen_length = logps.chosen_length.clamp_min(MIN_LENGTH)
         rejected_length = logps.rejected_length.clamp_min(MIN_LENGTH)
         by_mean = chosen / chosen_length - rejected / rejected_length
         if batch.average:
-            chosen, rejected, sft = chosen / chosen_length, rejected / rejected_length, sft / chosen_length
+            chosen, rejected = chosen / chosen_length, rejected / rejected_length
     psi = by_mean if batch.average else by_sum
+    seen = [(by_mean if n.q is None and batch.reads_mean(n) else psi)[k] for k, n in enumerate(batch.negatives)]
+    return Margins(chosen, rejected, psi, torch.stack(seen).detach())
 
-    seen = torch.stack([(by_mean if n.q is None and batch.reads_mean(n) else psi)[k] for k, n in negatives]).detach()
-    means = torch.stack([seen.mean(-1), (seen * seen).mean(-1), psi.detach().mean(-1)])  # [3, K]
-    by_count = recipe.q_from == "all_pairs"
-    means = mean_over_group(means, psi.shape[-1], by_count=by_count, process_group=process_group)
-    moments, margins = means[:2], means[2]
-    if recipe.q_from == "each_pair":
-        moments = torch.stack([seen, seen * seen])  # [2, K, B]
-    moments = smooth(moments, previous_moments, recipe.decay)
-    q = torch.stack([_q_of_negative(n, Moments(*moments[:, k]), beta) for k, n in negatives])
-    if batch.dynamic:
-        weights = dynamic_weights(margins)
-    else:
-        weights = torch.stack([torch.full_like(margins[k], n.weight) for k, n in negatives])
-    losses = box_cox(beta * psi, q if q.dim() == 2 else q[:, None])
-    # What has no weight is not there: zero times the infinite loss of a sequence that the policy excludes would be NaN.
-    losses = torch.where(weights[:, None] == 0, 0.0, weights[:, None] * losses).sum(0)
-    if recipe.sft_weight:
-        losses = losses - sft
-    return NaPOOutput(losses, (beta * chosen).detach(), (beta * rejected).detach(), q.detach(), weights, moments)
+
+def means_of(psi: Tensor, seen: Tensor) -> Tensor:
+    """``[3, K]``: the means of the margin behind q, of its square, and of the margin of the loss."""
+    return torch.stack([seen.mean(-1), (seen * seen).mean(-1), psi.detach().mean(-1)])
 
 
 def dynamic_weights(margins: Tensor) -> Tensor:

@@ -32,6 +32,20 @@ class Moments(NamedTuple):
     square: Tensor
 
 
+class BatchMoments(NamedTuple):
+    """What q and dynamic weights of a whole batch are read from, however it is split into micro-batches; detached.
+
+    From :meth:`napo_loss.NaPOLoss.batch_moments`. ``[K]`` for K negatives, scalars for one.
+    """
+
+    mean: Tensor
+    """Mean of the margins behind q, nats, smoothed over steps where the recipe says so."""
+    square: Tensor
+    """Their mean square, nats², likewise."""
+    margin: Tensor
+    """Mean of the margins that the loss reads, nats, never smoothed: dynamic weights are shares of these."""
+
+
 def margin_moments(
     margin: Tensor,
     *,

@@ -20,7 +20,7 @@ from napo_loss.backend import HAS_TRITON
 from napo_loss.checks import check_group
 from napo_loss.objective import eager, ops
 from napo_loss.objective.checks import check_logps, check_q, checked_beta
-from napo_loss.objective.estimators import Moments
+from napo_loss.objective.estimators import Moments, smooth
 from napo_loss.objective.negatives import Logps, PreferenceBatch
 from napo_loss.objective.recipes import Recipe, misplaced
 from napo_loss.parallel.reductions import mean_over_group
@@ -154,15 +154,42 @@ def napo_loss(
         may_be_empty=process_group is not None,
     )  # fmt: skip
     previous = batch.previous(previous_moments, each_pair=recipe.q_from == "each_pair")
+    return loss_of(batch, beta, recipe, previous, process_group)
+
+
+def loss_of(
+    batch: PreferenceBatch,
+    beta: float | Tensor,
+    recipe: Recipe,
+    previous: Tensor | None,  # [2, K]
+    process_group: ProcessGroup | None,
+    means: Tensor | None = None,  # [3, K], see batch_means: then nothing is reduced or smoothed here
+) -> NaPOOutput:
+    """The loss of checked arguments, from the kernel or in tensor operations."""
     if not isinstance(beta, Tensor) and _can_fuse(batch, recipe):
-        out = _fused(batch, beta, recipe, previous, process_group)
+        out = _fused(batch, beta, recipe, previous, process_group, means)
     else:
-        out = eager.objective(batch, beta, recipe, previous, process_group)
+        out = eager.objective(batch, beta, recipe, previous, process_group, means)
     if batch.stacked:
         return out
     return out._replace(
         rejected_rewards=out.rejected_rewards[0], q=out.q[0], weights=out.weights[0], moments=out.moments[:, 0]
     )
+
+
+@torch.no_grad()
+def batch_means(
+    batch: PreferenceBatch, recipe: Recipe, previous: Tensor | None, process_group: ProcessGroup | None
+) -> Tensor:
+    """``[3, K]``: what q (mean, mean square; smoothed) and dynamic weights (mean ψ) are read from, over all ranks."""
+    if _can_fuse(batch, recipe):
+        means = ops.objective_means(**ops.ObjectiveCall.of(batch, 1.0, recipe).to_schema())  # of ψ, without β
+    else:
+        margins = eager.margins_of(batch)
+        means = eager.means_of(margins.psi, margins.seen)
+    B, by_count = batch.logps.policy_rejected.shape[1], recipe.q_from == "all_pairs"
+    means = mean_over_group(means, B, by_count=by_count, process_group=process_group)
+    return torch.cat([smooth(means[:2], previous, recipe.decay), means[2:]])
 
 
 def _can_fuse(batch: PreferenceBatch, recipe: Recipe) -> bool:
@@ -177,14 +204,17 @@ def _fused(
     recipe: Recipe,
     previous_moments: Tensor | None,  # [2, K]
     process_group: ProcessGroup | None,
+    means: Tensor | None,  # [3, K]
 ) -> NaPOOutput:
     """:func:`napo_loss.objective.eager.objective` in one launch, or in two around the all-reduce."""
     call = ops.ObjectiveCall.of(batch, beta, recipe, previous_moments)
-    if process_group is not None:
+    if means is not None:
+        call = call.with_means(means.to(torch.float32))
+    elif process_group is not None:
         with torch.no_grad():
-            means = ops.objective_means(**call.to_schema())
+            own = ops.objective_means(**call.to_schema())
         B, by_count = batch.logps.policy_rejected.shape[1], recipe.q_from == "all_pairs"
-        call = call.with_means(mean_over_group(means, B, by_count=by_count, process_group=process_group))
+        call = call.with_means(mean_over_group(own, B, by_count=by_count, process_group=process_group))
     out = ops.Objective(*ops.objective(**call.to_schema()))
     return NaPOOutput(
         out.losses, out.chosen_rewards.detach(), out.rejected_rewards.detach(), out.q.detach(), out.weights.detach(),

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from napo_loss.checks import check_group
 from napo_loss.objective.checks import checked_beta
-from napo_loss.objective.loss import napo_loss
-from napo_loss.objective.negatives import Logps
+from napo_loss.objective.estimators import BatchMoments
+from napo_loss.objective.loss import batch_means, loss_of, napo_loss
+from napo_loss.objective.negatives import Logps, PreferenceBatch
 from napo_loss.objective.recipes import Recipe, misplaced
 from napo_loss.trees import SharesGroup
 from napo_loss.types import NaPOOutput
@@ -30,7 +31,8 @@ class NaPOLoss(SharesGroup, nn.Module):
         reduction: what becomes of the losses. ``"none"``: ``[B]``; ``"mean"``: a scalar, 0 where a rank has no pair.
 
     Shape:
-        Called with the four log-probs that :func:`napo_loss.napo_loss` takes, in its order; returns
+        Called with the four log-probs that :func:`napo_loss.napo_loss` takes, in its order, and ``moments``, where the
+        batch is one of several micro-batches and q and weights are to be those of all (:meth:`batch_moments`); returns
         :class:`napo_loss.NaPOOutput`.
 
     Attributes:
@@ -81,18 +83,59 @@ class NaPOLoss(SharesGroup, nn.Module):
         policy_rejected_logps: Logps | Mapping[str, Logps],
         reference_chosen_logps: Logps | None,
         reference_rejected_logps: Logps | Mapping[str, Logps] | None,
+        moments: BatchMoments | None = None,
     ) -> NaPOOutput:
-        smooths = self.training and self.recipe.decay > 0
-        out = napo_loss(
-            policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
-            beta=self.beta, recipe=self.recipe, previous_moments=self.previous_moments if smooths else None,
-            process_group=self.process_group,
-        )  # fmt: skip
-        if smooths:
-            self.previous_moments = out.moments
+        logps = policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+        if moments is not None:
+            batch = PreferenceBatch.of(*logps, self.recipe, may_be_empty=True)
+            out = loss_of(batch, self.beta, self.recipe, None, None, batch.means("moments", moments))
+        else:
+            previous = self._previous()
+            out = napo_loss(
+                *logps, beta=self.beta, recipe=self.recipe, previous_moments=previous, process_group=self.process_group
+            )
+            self._keep(out.moments)
         if self.reduction == "mean":
             out = out._replace(losses=out.losses.sum() / max(out.losses.numel(), 1))
         return out
+
+    def batch_moments(
+        self,
+        policy_chosen_logps: Logps,
+        policy_rejected_logps: Logps | Mapping[str, Logps],
+        reference_chosen_logps: Logps | None,
+        reference_rejected_logps: Logps | Mapping[str, Logps] | None,
+    ) -> BatchMoments:
+        """What q and weights of a whole batch are read from; handed over as ``moments``, every micro-batch has these.
+
+        Takes what the module is called with, of all micro-batches together (detached), reduces over the process group
+        and, in training, smooths once. A call with ``moments`` does neither.
+
+        Example:
+            >>> import torch
+            >>> from napo_loss import NaPOLoss
+            >>> loss_fn, zero = NaPOLoss(), torch.zeros(4)
+            >>> logps = torch.tensor([-10.0, -12, -9, -14]), torch.tensor([-60.0, -11, -99, -14]), zero, zero
+            >>> moments = loss_fn.batch_moments(*logps)
+            >>> whole, half = loss_fn(*logps), loss_fn(*(x[:2] for x in logps), moments)
+            >>> whole.q, half.q
+            (tensor(0.8280), tensor(0.8280))
+        """
+        logps = policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+        batch = PreferenceBatch.of(*logps, self.recipe, may_be_empty=self.process_group is not None)
+        previous = batch.previous(self._previous(), each_pair=False)
+        found = BatchMoments(*batch_means(batch, self.recipe, previous, self.process_group))
+        found = found if batch.stacked else BatchMoments(*(x[0] for x in found))
+        self._keep(torch.stack(found[:2]))
+        return found
+
+    def _previous(self) -> Tensor | None:
+        """The moments of the step before, where this one is to be smoothed with them."""
+        return self.previous_moments if self.training and self.recipe.decay > 0 else None
+
+    def _keep(self, moments: Tensor) -> None:
+        if self.training and self.recipe.decay > 0:
+            self.previous_moments = moments
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, recipe={self.recipe}, reduction={self.reduction!r}"

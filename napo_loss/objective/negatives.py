@@ -10,7 +10,7 @@ from torch import Tensor
 
 from napo_loss.checks import check_tensor
 from napo_loss.objective.checks import check_length, check_logps, checked_previous
-from napo_loss.objective.estimators import Moments
+from napo_loss.objective.estimators import BatchMoments, Moments
 from napo_loss.objective.recipes import RELEASED, Negative, Recipe, defaults
 from napo_loss.types import SequenceLogps
 
@@ -87,6 +87,19 @@ class PreferenceBatch(NamedTuple):
         expected = torch.Size([2, *([K] if self.stacked else []), *([B] if each_pair else [])])
         previous = checked_previous("previous_moments", moments, expected).to(self.logps.policy_rejected.device)
         return previous if self.stacked else previous[:, None]
+
+    def means(self, name: str, moments: BatchMoments) -> Tensor:
+        """The moments of the batch that this one is a part of, as ``[3, K]`` beside the log-probs."""
+        if not isinstance(moments, BatchMoments):
+            raise TypeError(f"{name} must be what NaPOLoss.batch_moments returned, got {type(moments).__name__}")
+        K = self.logps.policy_rejected.shape[0]
+        means = torch.stack(moments).detach().to(self.logps.policy_rejected.device)
+        expected = [3, K] if self.stacked else [3]
+        if list(means.shape) != expected:
+            raise ValueError(
+                f"{name} are of a batch with other negatives: expected {expected}, got {list(means.shape)}"
+            )
+        return means if self.stacked else means[:, None]
 
 
 class _Given(NamedTuple):

@@ -8,23 +8,24 @@ trainer.train()
 
 from importlib.metadata import PackageNotFoundError, version
 
-NEEDED = "1.16"
-"""The TRL for which the trainer is written: it overrides methods that are not public."""
+from napo_loss.trl.versions import TRIED, advice, check_methods
 
 try:
     found = version("trl")
 except PackageNotFoundError as error:
     raise ImportError('napo_loss.trl needs TRL: pip install "napo-loss[trl]"') from error
 
-from packaging.version import Version  # noqa: E402  comes with what TRL needs
+from packaging.version import Version
 
-if Version(found).release < Version(NEEDED).release:
-    raise ImportError(
-        f"napo_loss.trl needs TRL {NEEDED} or newer, found {found}: pip install --upgrade "
-        '"napo-loss[trl]", or call napo_loss in a trainer of that version as docs/trainers.md shows'
-    )
+if Version(found).release[:2] < Version(TRIED[0]).release[:2]:  # whose DPOTrainer is another one
+    raise ImportError(f"napo_loss.trl needs TRL {TRIED[0]} or newer: {advice(found)}")
+
+from trl.trainer.dpo_trainer import DPOTrainer
+
+check_methods(DPOTrainer, found)
 
 from napo_loss.trl.config import NaPOConfig  # noqa: E402
-from napo_loss.trl.trainer import STATE_FILE, NaPOTrainer  # noqa: E402
+from napo_loss.trl.state import STATE_FILE  # noqa: E402
+from napo_loss.trl.trainer import NaPOTrainer  # noqa: E402
 
 __all__ = ["STATE_FILE", "NaPOConfig", "NaPOTrainer"]

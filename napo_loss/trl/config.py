@@ -36,6 +36,18 @@ CITATION = {
 }
 """What the model card cites."""
 
+Q_OVER = ("micro_batch", "batch")
+
+
+def refuse_other_losses(args: DPOConfig) -> None:
+    for name, neutral in REFUSED.items():
+        value = getattr(args, name, neutral)  # not every TRL has all of them
+        if value != neutral and [value] != neutral:
+            raise ValueError(
+                f"{name}={value!r} has no effect on the NaPO loss and is refused: leave it at {neutral!r}, or use "
+                "TRL's DPOTrainer"
+            )
+
 
 @dataclass
 class NaPOConfig(DPOConfig):
@@ -61,6 +73,13 @@ class NaPOConfig(DPOConfig):
         q_decay: share of the previous step's moments, from which q is read, that is kept, in [0, 1). As in the released
             code q is read from each micro-batch, so gradient accumulation does not change it, and with small
             micro-batches it is noisy: 0.9 averages over about ten of them. The state is saved with checkpoints.
+        q_over: what q and dynamic weights are read from: each ``"micro_batch"``, as the released code runs, or the
+            ``"batch"`` of an optimiser step, however it is accumulated. Then every pair of the batch counts once, in q
+            and in the loss (the default of ``q_from``, ``"rank_means"``, becomes ``"all_pairs"``), and accumulation
+            costs one more forward pass of the policy.
+        token_metrics: log what TRL does of each token: entropy, accuracy and mean logits.
+        reference_columns: the dataset's own ``ref_<column>_logps``, sums in nats of the chosen and of each negative,
+            are the reference's log-probs, as those of :func:`napo_loss.bias.read_released`. No reference is run.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DPOConfig._VALID_DICT_FIELDS, "negatives"]
@@ -78,18 +97,28 @@ class NaPOConfig(DPOConfig):
     q_from: str = field(default="rank_means", metadata={"help": "The margin behind q.", "choices": list(Q_FROM)})
     q_decay: float = field(default=0.0, metadata={"help": "Share of the previous moments that is kept."})
 
+    q_over: str = field(
+        default="micro_batch", metadata={"help": "What q and weights are read from.", "choices": list(Q_OVER)}
+    )
+    token_metrics: bool = field(default=True, metadata={"help": "Log entropy, accuracy and mean logits of tokens."})
+    reference_columns: bool = field(
+        default=False, metadata={"help": "The dataset's ref_<column>_logps are the reference's log-probs."}
+    )
+
     def __post_init__(self):
         super().__post_init__()
-        for name, neutral in REFUSED.items():
-            if getattr(self, name) != neutral:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no effect on the NaPO loss and is refused: leave it at "
-                    f"{neutral!r}, or use TRL's DPOTrainer"
-                )
+        refuse_other_losses(self)
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {list(METHODS)}, got {self.method!r}")
         if self.negatives is not None and (not isinstance(self.negatives, dict) or not self.negatives):
             raise ValueError(f"negatives must map column names to settings, got {self.negatives!r}")
+        if self.q_over not in Q_OVER:
+            raise ValueError(f"q_over must be one of {list(Q_OVER)}, got {self.q_over!r}")
+        if self.reference_columns and self.precompute_ref_log_probs:
+            raise ValueError(
+                "reference_columns=True takes the reference's log-probs from the dataset, "
+                "precompute_ref_log_probs=True computes them: set one"
+            )
         self.recipe(["rejected"] if self.negatives is None else list(self.negatives))  # checks the other values
 
     def recipe(self, names: list[str]) -> Recipe:
