@@ -65,24 +65,28 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
     labels = torch.zeros(1, 2, dtype=torch.int64)
     weights = torch.ones(1, 2)
-    lse, grad_sum = torch.zeros(1, 2), torch.zeros(1)
+    normalizer, w, grad_sum = torch.zeros(2, 1, 2), torch.zeros(2), torch.zeros(1)
 
     # Every integer is 1 here, which Triton turns into a constant.
     one = torch.empty(1, 1, 1)
     yield "all ones", lambda: logps_forward(one, labels[:, :1], 1, -100)
+    alone = normalizer[..., :1].contiguous()
     shares = Partials(peak=one[0], total=one[0], target=one[0, 0])
     yield "all ones", lambda: logps_reduce(shares, labels[:, :1].contiguous(), None, 1, -100)
-    yield "all ones", lambda: logps_backward(grad_sum, one, labels[:, :1], None, lse[:, :1], one, 1, -100)
+    yield (
+        "all ones",
+        lambda: logps_backward(grad_sum, one, labels[:, :1], None, alone, one, 1, -100),
+    )
     for name, dtype in DTYPES.items():
         for V in (1, 50257, 128256):
             logits = torch.empty(1, 2, V, dtype=dtype)
             yield f"{name} V={V}", lambda x=logits: logps_forward(x, labels, 1, -100)
-            yield f"{name} V={V}", lambda x=logits: logps_backward(grad_sum, x, labels, None, lse, x, 1, -100)
+            yield f"{name} V={V}", lambda x=logits: logps_backward(grad_sum, x, labels, None, normalizer, x, 1, -100)
         strided = torch.empty(1, 32000, 2, dtype=dtype).transpose(1, 2)
         yield f"{name} strided", lambda x=strided: logps_forward(x, labels, 1, -100)
         yield (
             f"{name} strided, weights",
-            lambda x=strided: logps_backward(grad_sum, x, labels, weights, lse, torch.empty(x.shape), 1, -100),
+            lambda x=strided: logps_backward(grad_sum, x, labels, weights, normalizer, torch.empty(x.shape), 1, -100),
         )
     partials = Partials(peak=torch.empty(3, 2), total=torch.empty(3, 2), target=torch.empty(2))
     for given in (None, weights):
@@ -98,9 +102,11 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 case = "softcap, bias, " * (softcap > 0) + f"{name} V={V}"
                 head = {"bias": given, "logit_scale": 1.0, "softcap": softcap}
                 yield case, lambda r=raw, d=out, h=head: linear_rows(r, labels[0], d, **h)
-                yield case, lambda r=raw, d=out, h=head: linear_block(r, labels[0], 0, lse[0], lse[0], d, **h)
+                yield case, lambda r=raw, d=out, h=head: linear_block(r, labels[0], 0, normalizer[:, 0], w, d, **h)
         plain = {"bias": None, "logit_scale": 1.0, "softcap": 0.0}
         yield f"{name} log-probs only", lambda r=raw, h=plain: linear_rows(r, labels[0], None, **h)
+        statistics = lambda r=raw, d=out, h=plain: linear_rows(r, labels[0], d, **h, statistics=True)  # noqa: E731
+        yield f"{name} token statistics", statistics
 
     constants = Constants(eager.MIN_Q, eager.WEIGHT_FLOOR, eager.WEIGHT_PRIOR, eager.MOST_GAIN, MIN_LENGTH)
     for K, B in ((1, 1), (3, 64)):

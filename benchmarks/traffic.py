@@ -80,8 +80,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object], int]]:
 
             def path(logits=logits, labels=labels):
                 schema = LogitsCall(logits, labels, backend="triton").to_schema()
-                _, _, lse = ops.sequence_logps(**schema)
-                ops.sequence_logps_backward(torch.ones(N), lse, **schema)
+                _, _, normalizer = ops.sequence_logps(**schema)
+                ops.sequence_logps_backward(torch.ones(N), normalizer, **schema)
 
             yield f"from logits, {size}", path, 2 * active * row + L
 
@@ -93,7 +93,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object], int]]:
     # `linear_rows` reads its row twice; a floor with one read counts the second, which a cache may serve, as too much.
     yield "linear_rows, log-probs only", lambda: linear_rows(raw, targets, None, **head), raw.nbytes
     yield "linear_rows, with dlogits", lambda: linear_rows(raw, targets, dlogits, **head), moved
-    yield "linear_block", lambda: linear_block(raw, targets, 0, w, w, dlogits, **head), moved
+    yield "linear_block", lambda: linear_block(raw, targets, 0, torch.zeros(2, rows), w, dlogits, **head), moved
 
 
 def count() -> list[Traffic]:

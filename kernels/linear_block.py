@@ -1,4 +1,4 @@
-"""Raw logits of some columns, computed again in backward, to dlogits: elementwise, since the logsumexp is known."""
+"""Raw logits of some columns, computed again in backward, to dlogits: elementwise, since the normalizer is known."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ def linear_block_kernel(
     logits_ptr,  # [rows, columns] float32: columns `first` and on of the vocabulary
     bias_ptr,  # [columns] or unused
     targets_ptr,  # [rows]
-    lse_ptr,  # [rows] float32
+    normalizer_ptr,  # [2, rows] float32: peak and log-total
     w_ptr,  # [rows] float32
     dlogits_ptr,  # [rows, columns]; may be the logits themselves
     logits_stride,
     dlogits_stride,
+    normalizer_stride,
     columns,
     first,
     logit_scale,
@@ -33,10 +34,11 @@ def linear_block_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row).to(tl.int64) - first
     w = tl.load(w_ptr + row)
-    lse = tl.load(lse_ptr + row)
+    peak = tl.load(normalizer_ptr + row)
+    log_total = tl.load(normalizer_ptr + normalizer_stride + row)
     write_dlogits(
         logits_ptr + row * logits_stride, dlogits_ptr + row * dlogits_stride, bias_ptr, tl.program_id(1) * BLOCK_V,
-        columns, target, lse, w, logit_scale, softcap, HAS_BIAS, SOFTCAP, BLOCK_V,
+        columns, target, peak, log_total, w, logit_scale, softcap, HAS_BIAS, SOFTCAP, BLOCK_V,
     )  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def linear_block(
     logits: torch.Tensor,  # [rows, columns] float32, those of the vocabulary from `first` on
     targets: torch.Tensor,  # [rows]
     first: int,
-    lse: torch.Tensor,  # [rows] float32
+    normalizer: torch.Tensor,  # [2, rows] float32: peak and log-total, consecutive rows
     w: torch.Tensor,  # [rows] float32
     dlogits: torch.Tensor,  # [rows, columns]
     *,
@@ -60,11 +62,12 @@ def linear_block(
             logits,
             logits if bias is None else bias.contiguous(),
             targets,
-            lse,
+            normalizer,
             w,
             dlogits,
             logits.stride(0),
             dlogits.stride(0),
+            normalizer.stride(0),
             columns,
             first,
             logit_scale,

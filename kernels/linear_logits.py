@@ -40,7 +40,8 @@ def write_dlogits(
     start,
     end,
     target,
-    lse,
+    peak,
+    log_total,
     w,
     logit_scale,
     softcap,
@@ -53,7 +54,7 @@ def write_dlogits(
     """
     x, j = load_logits(logits_row_ptr, start, end, BLOCK_V)
     z, slope = head_logits(x, bias_ptr, j, j < end, logit_scale, softcap, HAS_BIAS, SOFTCAP)
-    dlogits = w * (((j == target).to(tl.float32) - tl.exp(z - lse)) * slope)
+    dlogits = w * (((j == target).to(tl.float32) - tl.exp((z - peak) - log_total)) * slope)
     dlogits = dlogits.to(dlogits_row_ptr.dtype.element_ty)
     if start + BLOCK_V <= end:
         tl.store(dlogits_row_ptr + j, dlogits)

@@ -18,7 +18,7 @@ def logps_backward_kernel(
     logits_ptr,  # [N, T, V]
     labels_ptr,  # [N, T]
     weights_ptr,  # [N, T] or unused
-    lse_ptr,  # [N, T], contiguous
+    normalizer_ptr,  # [2, N, T], contiguous: peak and log-total
     dlogits_ptr,  # [N, T, V]; may be the logits themselves
     grad_sum_stride,
     stride_n,
@@ -73,7 +73,8 @@ def logps_backward_kernel(
     w = tl.load(grad_sum_ptr + n * grad_sum_stride).to(tl.float32)
     if HAS_WEIGHTS:
         w *= tl.load(weights_ptr + n * weights_stride_n + label_t * weights_stride_t).to(tl.float32)
-    lse = tl.load(lse_ptr + row)
+    peak = tl.load(normalizer_ptr + row)
+    log_total = tl.load(normalizer_ptr + tl.num_programs(0) + row)
     for start in range(low, high, BLOCK_V):
         j = tl.multiple_of(start, BLOCK_V) + tl.arange(0, BLOCK_V)
         ptr = row_ptr + j.to(tl.int64) * stride_v
@@ -84,7 +85,7 @@ def logps_backward_kernel(
         else:
             x = tl.load(ptr, mask=(j >= head) & (j < end), other=float("-inf")).to(tl.float32)
         onehot = (j - head == label).to(tl.float32)
-        dlogits = (w * (onehot - tl.exp(x - lse))).to(dtype)
+        dlogits = (w * (onehot - tl.exp((x - peak) - log_total))).to(dtype)
         if inner:
             tl.store(dlogits_at, dlogits)
         else:
@@ -96,7 +97,7 @@ def logps_backward(
     logits: torch.Tensor,  # [N, T, V]
     labels: torch.Tensor,  # [N, T]
     token_weights: torch.Tensor | None,  # [N, T]
-    lse: torch.Tensor,  # [N, T], contiguous
+    normalizer: torch.Tensor,  # [2, N, T], contiguous
     dlogits: torch.Tensor,  # [N, T, V]
     shift: int,
     ignore_index: int,
@@ -112,7 +113,7 @@ def logps_backward(
             logits,
             labels,
             weights,
-            lse,
+            normalizer,
             dlogits,
             *grad_sum.stride(),
             *logits.stride(),

@@ -19,7 +19,7 @@ def logps_reduce_kernel(
     target_ptr,  # [N·T]
     labels_ptr,  # [N, T]
     weights_ptr,  # [N, T] or unused
-    lse_ptr,  # [N, T] float32: logsumexp of each active row, 0 elsewhere
+    normalizer_ptr,  # [2, N, T] float32: peak and log-total of each active row, 0 elsewhere
     sum_ptr,  # [N] float32
     length_ptr,  # [N] float32
     labels_stride_n,
@@ -56,15 +56,20 @@ def logps_reduce_kernel(
             total = total * tl.exp(peak - base) + part_total * tl.exp(part_peak - base)
             peak = new_peak
             at += rows
-        lse = tl.where(active, peak + tl.log(tl.where(active, total, 1.0)), 0.0)
-        tl.store(lse_ptr + row, lse, mask=t < T)
+        # They stay apart: rounded into one float, the second is lost beside a large common offset of logits.
+        peak = tl.where(active, peak, 0.0)
+        log_total = tl.log(tl.where(active, total, 1.0))
+        tl.store(normalizer_ptr + row, peak, mask=t < T)
+        tl.store(normalizer_ptr + rows + row, log_total, mask=t < T)
 
         weight = active.to(tl.float32)
         if HAS_WEIGHTS:
             weight_ptr = weights_ptr + n * weights_stride_n + label_t * weights_stride_t
             weight = tl.load(weight_ptr, mask=active, other=0.0).to(tl.float32)
         target = tl.load(target_ptr + row, mask=active, other=0.0)
-        sums += weight * (target - lse)
+        logp = (target - peak) - log_total
+        # A token of weight 0 does not count, though the policy excludes it: 0·−inf is 0.
+        sums += tl.where(weight == 0, 0.0, weight * logp)
         lengths += weight
     tl.store(sum_ptr + n, tl.sum(sums, axis=0))
     tl.store(length_ptr + n, tl.sum(lengths, axis=0))
@@ -77,9 +82,9 @@ def logps_reduce(
     shift: int,
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns ``sum [N]``, ``length [N]`` and ``lse [N, T]`` from what ``logps_forward`` left."""
+    """Returns ``sum [N]``, ``length [N]`` and ``normalizer [2, N, T]`` from what ``logps_forward`` left."""
     N, T = labels.shape
-    lse = torch.empty((N, T), dtype=torch.float32, device=labels.device)
+    normalizer = torch.empty((2, N, T), dtype=torch.float32, device=labels.device)
     sums = torch.empty(N, dtype=torch.float32, device=labels.device)
     lengths = torch.empty_like(sums)
     weights = labels if token_weights is None else token_weights
@@ -90,7 +95,7 @@ def logps_reduce(
             partials.target,
             labels,
             weights,
-            lse,
+            normalizer,
             sums,
             lengths,
             *labels.stride(),
@@ -105,4 +110,4 @@ def logps_reduce(
             num_warps=4,
             enable_fp_fusion=True,
         )
-    return sums, lengths, lse
+    return sums, lengths, normalizer

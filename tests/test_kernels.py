@@ -126,8 +126,8 @@ def test_logits_kernels_stay_inside_their_buffers(guard_bands, V, dtype):
     labels = torch.randint(0, V, (3, 7))
     labels[0, :4] = -100
     schema = LogitsCall(torch.randn(3, 7, V).to(dtype), labels, torch.rand(3, 7), backend="triton").to_schema()
-    _, _, lse = logps_ops.sequence_logps(**schema)
-    logps_ops.sequence_logps_backward(torch.ones(3), lse, **schema)
+    _, _, normalizer = logps_ops.sequence_logps(**schema)
+    logps_ops.sequence_logps_backward(torch.ones(3), normalizer, **schema)
     assert len(guard_bands) == 7
 
 

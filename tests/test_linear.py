@@ -298,7 +298,7 @@ def test_opcheck(backend, budget):
     call = LinearCall.of(hidden, head, labels, budget=budget, backend=backend)
     assert all(call.needs)
     opcheck(linear_ops.linear_logps, (), call.to_schema())
-    _, *saved = linear_ops.linear_logps(**call.to_schema())
+    _, _, *saved = linear_ops.linear_logps(**call.to_schema())
     plain = {n: x.detach() if isinstance(x, torch.Tensor) else x for n, x in call.to_schema().items()}
     opcheck(linear_ops.linear_logps_backward, (torch.ones(3, 6), [x.detach() for x in saved]), plain)
 

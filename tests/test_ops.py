@@ -30,10 +30,10 @@ def test_opcheck_sequence_logps(backend, weighted):
     weights = torch.rand(4, 5) if weighted else None
     call = LogitsCall(logits, labels, weights, backend=backend)
     opcheck(ops.sequence_logps, (), call.to_schema())
-    _, _, lse = ops.sequence_logps(**call.to_schema())
+    _, _, normalizer = ops.sequence_logps(**call.to_schema())
     call = replace(call, logits=logits.detach())
-    opcheck(ops.sequence_logps_backward, (torch.ones(4), lse.detach()), call.to_schema())
-    opcheck(ops.sequence_logps_backward_, (torch.ones(4), lse.detach()), call.to_schema())
+    opcheck(ops.sequence_logps_backward, (torch.ones(4), normalizer.detach()), call.to_schema())
+    opcheck(ops.sequence_logps_backward_, (torch.ones(4), normalizer.detach()), call.to_schema())
 
 
 def test_opcheck_objective():

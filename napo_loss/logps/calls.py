@@ -122,7 +122,7 @@ class LinearCall(SavedCall):
 
     SCHEMA: ClassVar[dict[str, str]] = {
         "hidden": "Tensor", **Head.SCHEMA, "targets": "Tensor", "needs": "bool[]", **Columns.SCHEMA,
-        "ignore_index": "SymInt", "budget": "SymInt", "backend": "str",
+        "ignore_index": "SymInt", "budget": "SymInt", "token_statistics": "bool", "backend": "str",
     }  # fmt: skip
 
     hidden: Tensor  # [N, T, D]
@@ -132,6 +132,7 @@ class LinearCall(SavedCall):
     columns: Columns | None  # None: the whole vocabulary is here
     ignore_index: int
     budget: int  # bytes of logits-sized memory; 0 for the default
+    token_statistics: bool
     backend: str
 
     @classmethod
@@ -144,16 +145,19 @@ class LinearCall(SavedCall):
         columns: Columns | None = None,
         ignore_index: int = -100,
         budget: int = 0,
+        token_statistics: bool = False,
         backend: str = "auto",
     ) -> LinearCall:
         """With the gradients that autograd will ask for."""
-        return cls(hidden, head, targets, Needs.of(hidden, head), columns, ignore_index, budget, backend)
+        return cls(
+            hidden, head, targets, Needs.of(hidden, head), columns, ignore_index, budget, token_statistics, backend
+        )
 
     def to_schema(self) -> dict[str, Any]:
         return {
             "hidden": self.hidden, **self.head._asdict(), "targets": self.targets, "needs": list(self.needs),
             **(self.columns.to_schema() if self.columns else ALL_COLUMNS), "ignore_index": self.ignore_index,
-            "budget": self.budget, "backend": self.backend,
+            "budget": self.budget, "token_statistics": self.token_statistics, "backend": self.backend,
         }  # fmt: skip
 
     @classmethod

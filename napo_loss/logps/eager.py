@@ -14,7 +14,8 @@ from torch import Tensor
 
 from napo_loss.backend import accumulation_dtype
 from napo_loss.logps.gemm import blocks
-from napo_loss.logps.tokens import aligned_weights, targets
+from napo_loss.logps.tokens import aligned_weights, targets, weighted
+from napo_loss.parallel.columns import Rows
 
 CHUNK_BYTES = 4 * 2**20
 """Upcast logits held at a time: a few rows of a large vocabulary, small enough to stay in a CPU's cache."""
@@ -53,24 +54,35 @@ def logps_reduce(
     shift: int,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``sum [N]``, ``length [N]`` and nothing for ``lse``: backward has its own softmax."""
+    """``sum [N]``, ``length [N]`` and no normalizer: backward has its own softmax."""
     weights = _aligned_weights(labels, token_weights, shift, ignore_index, partials.dtype)
-    return (weights * partials).sum(1), weights.sum(1), partials.new_empty(0)
+    counted = partials if token_weights is None else weighted(weights, partials)
+    return counted.sum(1), weights.sum(1), partials.new_empty(0)
 
 
-def token_logps(
+def token_rows(
     logits: Tensor,  # [N, T, V]
     targets: Tensor,  # [N, T]: labels, aligned with the positions that predict them
     ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """``logp [A]`` (NaN where the label is outside) and ``lse [A]`` of active positions."""
-    dtype = accumulation_dtype(logits)
-    logp, lse = [logits.new_empty(0, dtype=dtype)], [logits.new_empty(0, dtype=dtype)]
+) -> Rows:
+    """Of active positions ``[A]``."""
+    found = [logits.new_empty((3, 0), dtype=accumulation_dtype(logits))]
     for n, t, target, inside in _active_rows(logits, targets, 0, ignore_index):
-        x = logits[n, t].to(dtype)
-        lse.append(x.logsumexp(-1))
-        logp.append(x.gather(1, target).where(inside, torch.nan).squeeze(1) - lse[-1])
-    return torch.cat(logp), torch.cat(lse)
+        z = logits[n, t].to(found[0].dtype)  # a copy, as any gather
+        hit, peak = _less_peak(z, target, inside)
+        found.append(torch.cat([hit, peak, z.exp_().sum(1, keepdim=True).log_()], 1).t())
+    return Rows.of(torch.cat(found, 1))
+
+
+def _less_peak(
+    z: Tensor,  # [rows, columns]
+    target: Tensor,  # [rows, 1]
+    inside: Tensor,  # [rows, 1]
+) -> tuple[Tensor, Tensor]:
+    """The label's logit less the peak (NaN where it is outside) and the peak, ``[rows, 1]``, which z then lacks."""
+    peak = z.amax(1, keepdim=True)
+    z.sub_(peak.masked_fill(peak == -torch.inf, 0))  # of columns that are all -inf there is nothing to subtract
+    return z.gather(1, target).where(inside, torch.nan), peak
 
 
 def logps_backward(
@@ -78,7 +90,7 @@ def logps_backward(
     logits: Tensor,  # [N, T, V]
     labels: Tensor,  # [N, T]
     token_weights: Tensor | None,  # [N, T]
-    lse: Tensor,  # [N, T] of a vocabulary of which these logits are a part; empty where they are all
+    normalizer: Tensor,  # [2, N, T] of a vocabulary of which these logits are a part; empty where they are all
     dlogits: Tensor,  # [N, T, V]
     shift: int,
     ignore_index: int,
@@ -87,8 +99,9 @@ def logps_backward(
     w = grad_sum[:, None] * _aligned_weights(labels, token_weights, shift, ignore_index, grad_sum.dtype)
     for n, t, target, inside in _active_rows(logits, labels, shift, ignore_index):
         row_w = w[n, t, None]
-        if lse.numel():
-            row = (logits[n, t].to(w.dtype) - lse[n, t, None]).exp_().mul_(-row_w)
+        if normalizer.numel():
+            peak, log_total = normalizer[:, n, t, None]
+            row = logits[n, t].to(w.dtype).sub_(peak).sub_(log_total).exp_().mul_(-row_w)
         else:
             row = logits[n, t].softmax(-1, dtype=w.dtype).mul_(-row_w)
         row.scatter_add_(1, target, row_w.where(inside, 0))
@@ -144,34 +157,40 @@ def linear_rows(
     bias: Tensor | None,  # [V]
     logit_scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """Raw logits to ``logp [rows]`` and ``lse [rows]``. Writes unit ``dlogits``, which may be ``logits``, and these are
-    lost; without ``dlogits`` they stay as they are.
+    statistics: bool = False,
+) -> Tensor:
+    """Raw logits to hit, peak, log-total and, asked for ``statistics``, entropy and mean, ``[3 or 5, rows]``: see
+    :class:`napo_loss.parallel.columns.Rows`. Writes unit ``dlogits``, which may be ``logits``, and these are lost;
+    without ``dlogits`` they stay as they are.
     """
     rows, V = logits.shape
-    logp, lse = logits.new_empty(rows), logits.new_empty(rows)
+    out = logits.new_empty((5 if statistics else 3, rows))
     for part in blocks(rows, CHUNK_BYTES // (V * logits.element_size())):
         z = logits[part] if dlogits is not None else logits[part].clone()
         slope = _shape_logits(z, bias, logit_scale, softcap)
         target = targets[part, None].long()
         inside = (target >= 0) & (target < V)
         target = target.where(inside, 0)
-        peak = z.amax(1, keepdim=True)
-        hit = z.sub_(peak).gather(1, target).where(inside, torch.nan)
+        mean = z.mean(1, keepdim=True) if statistics else None
+        hit, peak = _less_peak(z, target, inside)
+        below = z.clone() if statistics else None
         total = z.exp_().sum(1, keepdim=True)
-        lse[part] = (peak + total.log()).squeeze(1)
-        logp[part] = (hit - total.log()).squeeze(1)
+        found = [hit, peak, total.log()]
+        if below is not None and mean is not None:
+            spread = below.masked_fill_(z == 0, 0).mul_(z).sum(1, keepdim=True)  # 0·−inf adds nothing
+            found += [found[2] - spread / total, mean]
+        out[:, part] = torch.cat(found, 1).t()
         if dlogits is not None:
             z.div_(-total).scatter_add_(1, target, inside.to(z.dtype))
             dlogits[part] = z if slope is None else z.mul_(slope)
-    return logp, lse
+    return out
 
 
 def linear_block(
     logits: Tensor,  # [rows, columns], those of the vocabulary from `first` on
     targets: Tensor,  # [rows]
     first: int,
-    lse: Tensor,  # [rows]
+    normalizer: Tensor,  # [2, rows]
     w: Tensor,  # [rows]
     dlogits: Tensor,  # [rows, columns]
     *,
@@ -187,7 +206,8 @@ def linear_block(
         target = targets[part, None].long() - first
         inside = (target >= 0) & (target < columns)
         row_w = w[part, None]
-        z.sub_(lse[part, None]).exp_().mul_(-row_w)
+        peak, log_total = normalizer[:, part, None]
+        z.sub_(peak).sub_(log_total).exp_().mul_(-row_w)
         z.scatter_add_(1, target.where(inside, 0), row_w.where(inside, 0))
         dlogits[part] = z if slope is None else z.mul_(slope)
 

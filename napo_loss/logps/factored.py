@@ -13,6 +13,8 @@ are the hidden states of some rows, ``raw`` their logits as the products leave t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,10 +23,19 @@ from napo_loss.logps.calls import LinearCall
 from napo_loss.logps.gemm import HALF, blocks, mm_float32, mm_into, padded
 from napo_loss.logps.memory import columns_at_a_time, rows_at_a_time, scratch_bytes
 from napo_loss.logps.records import Gradients, Head, Saved, Steps
+from napo_loss.logps.tokens import spread
 
 
-def forward(call: LinearCall, budget: int, steps: Steps) -> tuple[Tensor, Saved]:
-    """``logp [N, T]``, 0 where masked. One host sync: the number of active rows."""
+class Forward(NamedTuple):
+    """What the forward pass gives; 0 where a position is masked."""
+
+    logp: Tensor  # [N, T]
+    statistics: Tensor  # [3, N, T]: entropy, 1 where the label is on top, mean of the logits; empty if not asked for
+    saved: Saved
+
+
+def forward(call: LinearCall, budget: int, steps: Steps) -> Forward:
+    """One host sync: the number of active rows."""
     hidden, head, needs = call.hidden, call.head, call.needs
     V, full = head.weight.shape[0], accumulation_dtype(hidden)
     targets = call.targets.flatten()  # [N·T]
@@ -34,6 +45,7 @@ def forward(call: LinearCall, budget: int, steps: Steps) -> tuple[Tensor, Saved]
     keep = needs.dlogits and _kept_bytes(A, V, hidden.dtype, scratch) <= budget
 
     logp = hidden.new_empty(A, dtype=full)
+    statistics = hidden.new_empty((3, A) if call.token_statistics else 0, dtype=full)
     saved = Saved.empty(rows, hidden, head, needs, kept=A if keep else 0)
     for chunk in blocks(A, rows_at_a_time(hidden, steps.width(V), scratch)):
         h = _gather(hidden, rows[chunk])
@@ -47,13 +59,17 @@ def forward(call: LinearCall, budget: int, steps: Steps) -> tuple[Tensor, Saved]
             dlogits = kept
         else:
             dlogits = padded(hidden, len(h), V)
-        logp[chunk], saved.lse[chunk] = steps.rows(raw, targets[rows[chunk]], head, dlogits)
+        found = steps.rows(raw, targets[rows[chunk]], head, dlogits, statistics=call.token_statistics)
+        torch.sub(found.hit, found.normalizer[1], out=logp[chunk])
+        saved.normalizer[:, chunk] = found.normalizer
+        if found.statistics is not None:
+            statistics[0, chunk], statistics[2, chunk] = found.statistics
+            statistics[1, chunk] = (found.hit == 0).to(full)
         del raw
         if dlogits is not None:
             _times_head(dlogits, call, saved, chunk)
-    out = logp.new_zeros(targets.numel())
-    out[rows] = logp
-    return out.view(call.targets.shape), saved
+    per_position = spread(statistics, rows, call.targets) if call.token_statistics else statistics
+    return Forward(spread(logp, rows, call.targets), per_position, saved)
 
 
 def backward(
@@ -64,7 +80,7 @@ def backward(
     steps: Steps,
 ) -> Gradients:
     hidden, head, needs = call.hidden, call.head, call.needs
-    full = saved.lse.dtype
+    full = saved.normalizer.dtype
     w = grad.flatten()[saved.rows].to(full)  # [A]
     dhidden = None
     if needs.hidden:
@@ -121,7 +137,7 @@ def _backward_of_columns(
             part = head.at(columns)
             raw = _raw_logits(h, h_lora_A, part)
             dlogits = raw if raw.dtype == h.dtype else padded(h, *raw.shape)
-            steps.block(raw, targets, part, columns.start, saved.lse, w, dlogits)
+            steps.block(raw, targets, part, columns.start, saved.normalizer, w, dlogits)
             del raw
         for gradient, beside in products:
             mm_into(gradient[columns], dlogits.t(), beside)

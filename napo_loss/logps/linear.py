@@ -21,7 +21,7 @@ from napo_loss.logps.calls import LinearCall
 from napo_loss.logps.records import Head
 from napo_loss.logps.tokens import Packing, per_sequence, targets
 from napo_loss.parallel.shards import local_head
-from napo_loss.types import LowRank, SequenceLogps, VocabShard
+from napo_loss.types import LowRank, SequenceLogps, TokenStatistics, VocabShard
 
 
 def linear_sequence_logps(
@@ -64,10 +64,12 @@ def linear_sequence_logps(
         logits_budget: bytes of logits-sized memory that may exist at a time, what is kept for backward included.
             Default: a quarter of the GPU's free memory, an eighth of the free memory of a CPU. Of a split vocabulary:
             the same on every rank.
+        token_statistics: also returns entropy, top-1 hit and mean logit of each position, from the same pass.
         backend: as in :func:`napo_loss.sequence_logps`.
 
     Returns:
-        :class:`SequenceLogps`: ``sum [N]`` in nats and ``length [N]``, float32 (float64 for float64).
+        :class:`SequenceLogps`: ``sum [N]`` in nats and ``length [N]``, float32 (float64 for float64), and where
+        ``token_statistics`` asks for them ``tokens``, :class:`TokenStatistics`.
 
     Raises:
         ValueError: on mismatched shapes or devices, an empty batch, a label outside the vocabulary (on a GPU: NaN in
@@ -90,8 +92,6 @@ def linear_sequence_logps(
         The factored gradient is the softmax cross-entropy's; the order of work is this library's, see DESIGN.md. What
         it costs: docs/logps.md.
     """
-    if token_statistics:
-        raise NotImplementedError("token_statistics=True: the kernels do not compute them yet")
     hidden, weight, bias, columns = local_head(hidden, weight, bias)
     head = Head.of(weight, bias, logit_scale=logit_scale, softcap=softcap)
     packed = cu_seqlens is not None
@@ -114,8 +114,11 @@ def linear_sequence_logps(
     target = targets(labels, shift, ignore_index, packing)
     call = LinearCall.of(
         hidden[None] if packed else hidden, head, target[None] if packed else target, columns=columns,
-        ignore_index=ignore_index, budget=int(logits_budget or 0), backend=backend,
+        ignore_index=ignore_index, budget=int(logits_budget or 0), token_statistics=token_statistics, backend=backend,
     )  # fmt: skip
-    logps, *_ = linear_ops.linear_logps(**call.to_schema())
-    logps = logps[0] if packed else logps
-    return per_sequence(logps, target != ignore_index, token_weights, shift, packing)
+    token_logps, statistics, *_ = linear_ops.linear_logps(**call.to_schema())
+    logps = per_sequence(token_logps.view(target.shape), target != ignore_index, token_weights, shift, packing)
+    if not token_statistics:
+        return logps
+    entropy, top1, mean = statistics.detach().view(3, *target.shape).unbind()
+    return logps._replace(tokens=TokenStatistics(entropy, top1 != 0, mean))

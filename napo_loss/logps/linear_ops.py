@@ -12,20 +12,22 @@ from napo_loss.logps.memory import default_budget
 from napo_loss.logps.records import Gradients, Saved, Steps
 from napo_loss.logps.sharded import ShardedSteps
 
-FORWARD = LinearCall.signature(f"({', '.join(['Tensor'] * (1 + len(Saved._fields)))})")
+FORWARD = LinearCall.signature(f"({', '.join(['Tensor'] * (2 + len(Saved._fields)))})")
 BACKWARD = LinearCall.signature(f"({', '.join(['Tensor'] * len(Gradients._fields))})", grad="Tensor", saved="Tensor[]")
 
 
 @torch.library.custom_op("napo_loss::linear_logps", mutates_args=(), schema=FORWARD)
 def linear_logps(*values) -> tuple[Tensor, ...]:
-    """``logp [N, T]`` and the five tensors of :class:`napo_loss.logps.records.Saved`."""
+    """``logp [N, T]``, ``statistics [3, N, T]`` where they are asked for, and the five tensors of
+    :class:`napo_loss.logps.records.Saved`; see :class:`napo_loss.logps.factored.Forward`.
+    """
     call = LinearCall.from_schema(*values)
     if not uses_triton(call.backend, call.hidden):
         V = call.columns.V if call.columns else call.head.weight.shape[0]
         eager.check_range(call.targets, V, call.ignore_index)
     with torch.autocast(call.hidden.device.type, enabled=False):
-        logp, saved = factored.forward(call, _budget(call), _steps(call))
-    return logp, *saved
+        found = factored.forward(call, _budget(call), _steps(call))
+    return found.logp, found.statistics, *found.saved
 
 
 @linear_logps.register_fake
@@ -34,7 +36,8 @@ def _(*values):
     active, kept = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
     rows = call.targets.new_empty(active, dtype=torch.int64)
     logp = call.hidden.new_empty(call.targets.shape, dtype=accumulation_dtype(call.hidden))
-    return logp, *Saved.empty(rows, call.hidden, call.head, call.needs, kept=kept)
+    statistics = logp.new_empty((3, *logp.shape) if call.token_statistics else 0)
+    return logp, statistics, *Saved.empty(rows, call.hidden, call.head, call.needs, kept=kept)
 
 
 @torch.library.custom_op("napo_loss::linear_logps_backward", mutates_args=(), schema=BACKWARD)
@@ -72,7 +75,7 @@ def _steps(call: LinearCall) -> Steps:
 
 
 def _setup_context(ctx, inputs, output):
-    _, *saved = output
+    _, _, *saved = output
     LinearCall.save(ctx, inputs, **Saved(*saved)._asdict())
 
 

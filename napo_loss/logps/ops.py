@@ -15,13 +15,15 @@ from napo_loss.logps import eager
 from napo_loss.logps.calls import LogitsCall
 
 FORWARD = LogitsCall.signature("(Tensor, Tensor, Tensor)")
-BACKWARD = LogitsCall.signature("Tensor", grad_sum="Tensor", lse="Tensor")
-INPLACE = LogitsCall.signature("()", grad_sum="Tensor", lse="Tensor").replace("Tensor logits", "Tensor(a!) logits")
+SAVED = {"grad_sum": "Tensor", "normalizer": "Tensor"}
+BACKWARD = LogitsCall.signature("Tensor", **SAVED)
+INPLACE = LogitsCall.signature("()", **SAVED).replace("Tensor logits", "Tensor(a!) logits")
 
 
 @torch.library.custom_op("napo_loss::sequence_logps", mutates_args=(), schema=FORWARD)
 def sequence_logps(*values) -> tuple[Tensor, Tensor, Tensor]:
-    """``sum [N]``, ``length [N]`` and, for the kernels' backward, ``lse [N, T]``; float32 (float64 for float64)."""
+    """``sum [N]``, ``length [N]`` and, for the kernels' backward, ``normalizer [2, N, T]``: float32 (float64 for
+    float64). The last holds the peak of each row and its log-total: softmax = exp((x − peak) − log-total)."""
     call = LogitsCall.from_schema(*values)
     if uses_triton(call.backend, call.logits):
         from napo_loss.kernels.logps_forward import logps_forward
@@ -38,63 +40,63 @@ def _(*values):
     N, T, _ = call.logits.shape
     dtype = accumulation_dtype(call.logits)
     sums, lengths = (call.logits.new_empty(N, dtype=dtype) for _ in range(2))
-    lse = call.logits.new_empty((N, T) if uses_triton(call.backend, call.logits) else (0,), dtype=dtype)
-    return sums, lengths, lse
+    kept = (2, N, T) if uses_triton(call.backend, call.logits) else (0,)
+    return sums, lengths, call.logits.new_empty(kept, dtype=dtype)
 
 
 @torch.library.custom_op("napo_loss::sequence_logps_backward", mutates_args=(), schema=BACKWARD)
-def sequence_logps_backward(grad_sum: Tensor, lse: Tensor, *values) -> Tensor:
+def sequence_logps_backward(grad_sum: Tensor, normalizer: Tensor, *values) -> Tensor:
     """``dlogits [N, T, V]`` in the dtype of the logits."""
     call = LogitsCall.from_schema(*values)
     dlogits = torch.empty_like(call.logits)
-    _write_dlogits(dlogits, grad_sum, lse, call)
+    _write_dlogits(dlogits, grad_sum, normalizer, call)
     return dlogits
 
 
 @sequence_logps_backward.register_fake
-def _(grad_sum, lse, *values):
+def _(grad_sum, normalizer, *values):
     return torch.empty_like(LogitsCall.from_schema(*values).logits)
 
 
 @torch.library.custom_op("napo_loss::sequence_logps_backward_", mutates_args=("logits",), schema=INPLACE)
-def sequence_logps_backward_(grad_sum: Tensor, lse: Tensor, *values) -> None:
+def sequence_logps_backward_(grad_sum: Tensor, normalizer: Tensor, *values) -> None:
     """The same, written over the logits."""
     call = LogitsCall.from_schema(*values)
-    _write_dlogits(call.logits, grad_sum, lse, call)
+    _write_dlogits(call.logits, grad_sum, normalizer, call)
 
 
-def _write_dlogits(dlogits: Tensor, grad_sum: Tensor, lse: Tensor, call: LogitsCall) -> None:
+def _write_dlogits(dlogits: Tensor, grad_sum: Tensor, normalizer: Tensor, call: LogitsCall) -> None:
     if uses_triton(call.backend, call.logits):
         from napo_loss.kernels.logps_backward import logps_backward
     else:
         logps_backward = eager.logps_backward
     logps_backward(
-        grad_sum, call.logits, call.labels, call.token_weights, lse, dlogits, call.shift, call.ignore_index
+        grad_sum, call.logits, call.labels, call.token_weights, normalizer, dlogits, call.shift, call.ignore_index
     )  # fmt: skip
 
 
 def logits_gradient(
     grad_sum: Tensor,  # [N]
-    lse: Tensor,  # [N, T], or empty: see the backend's backward
+    normalizer: Tensor,  # [2, N, T], or empty: see the backend's backward
     call: LogitsCall,
 ) -> Tensor:
     """``dlogits [N, T, V]``, over the logits where the call asks for that."""
     if call.inplace_backward:
-        sequence_logps_backward_(grad_sum, lse, **call.to_schema())
+        sequence_logps_backward_(grad_sum, normalizer, **call.to_schema())
         return call.logits.detach()
-    return sequence_logps_backward(grad_sum, lse, **call.to_schema())
+    return sequence_logps_backward(grad_sum, normalizer, **call.to_schema())
 
 
 def _setup_context(ctx, inputs, output):
-    _, _, lse = output
-    LogitsCall.save(ctx, inputs, lse=lse)
+    _, _, normalizer = output
+    LogitsCall.save(ctx, inputs, normalizer=normalizer)
 
 
-def _backward(ctx, grad_sum, grad_length, grad_lse):
+def _backward(ctx, grad_sum, *_):
     if grad_sum is None:
         return LogitsCall.gradients()
     call, outputs = LogitsCall.restore(ctx)
-    return LogitsCall.gradients(logits=logits_gradient(grad_sum, outputs["lse"], call))
+    return LogitsCall.gradients(logits=logits_gradient(grad_sum, outputs["normalizer"], call))
 
 
 sequence_logps.register_autograd(_backward, setup_context=_setup_context)

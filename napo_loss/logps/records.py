@@ -11,6 +11,7 @@ from torch import Tensor
 
 from napo_loss.backend import accumulation_dtype
 from napo_loss.logps.gemm import padded
+from napo_loss.parallel.columns import Rows
 from napo_loss.types import LowRank
 
 
@@ -122,7 +123,7 @@ class Saved(NamedTuple):
     """What backward needs beside the arguments; empty where it does not. ``unit_``: before the weight from the loss."""
 
     rows: Tensor  # [A] indices into N·T
-    lse: Tensor  # [A]
+    normalizer: Tensor  # [2, A]: peak and log-total
     unit_dhidden: Tensor  # [A, D] in full precision
     unit_dlogits_lora_B: Tensor  # [A, r] in full precision: their product
     unit_dlogits: Tensor  # [A, V] in the dtype of the factors, if kept
@@ -135,7 +136,7 @@ class Saved(NamedTuple):
         full = accumulation_dtype(hidden)
         return cls(
             rows=rows,
-            lse=hidden.new_empty(A, dtype=full),
+            normalizer=hidden.new_empty((2, A), dtype=full),
             unit_dhidden=hidden.new_empty((A if needs.hidden else 0, D), dtype=full),
             unit_dlogits_lora_B=hidden.new_empty((A if needs.lora else 0, r), dtype=full),
             unit_dlogits=padded(hidden, kept, V),
@@ -146,7 +147,7 @@ class Saved(NamedTuple):
 class Steps:
     """What is not a matrix product, with raw logits as input: by Triton kernels, or by their plain-tensor twins."""
 
-    linear_rows: Callable[..., tuple[Tensor, Tensor]]
+    linear_rows: Callable[..., Tensor]
     linear_block: Callable[..., None]
 
     def rows(
@@ -155,11 +156,11 @@ class Steps:
         targets: Tensor,  # [rows]
         head: Head,
         dlogits: Tensor | None = None,  # [rows, V]
-    ) -> tuple[Tensor, Tensor]:
-        """``logp [rows]`` and ``lse [rows]``. Writes unit dlogits, which may replace the logits; without ``dlogits``
-        these stay as they are.
-        """
-        return self.linear_rows(logits, targets, dlogits, **_shaping(head))
+        *,
+        statistics: bool = False,
+    ) -> Rows:
+        """Writes unit dlogits, which may replace the logits; without ``dlogits`` these stay as they are."""
+        return Rows.of(self.linear_rows(logits, targets, dlogits, **_shaping(head), statistics=statistics))
 
     def block(
         self,
@@ -167,12 +168,12 @@ class Steps:
         targets: Tensor,  # [rows]
         head: Head,  # of these columns
         first: int,
-        lse: Tensor,  # [rows]
+        normalizer: Tensor,  # [2, rows]
         w: Tensor,  # [rows]
         dlogits: Tensor,  # [rows, columns]
     ) -> None:
         """Writes dlogits with their weight ``w``, which may replace the logits."""
-        self.linear_block(logits, targets, first, lse, w, dlogits, **_shaping(head))
+        self.linear_block(logits, targets, first, normalizer, w, dlogits, **_shaping(head))
 
     def reduce(self, x: Tensor) -> Tensor:
         """Adds what the other columns of a split vocabulary contribute, in place; here all columns are."""

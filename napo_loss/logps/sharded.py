@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,8 +13,12 @@ from napo_loss.logps import eager
 from napo_loss.logps.calls import LogitsCall, ShardedCall
 from napo_loss.logps.ops import logits_gradient
 from napo_loss.logps.records import Head, Steps
-from napo_loss.parallel.columns import Columns, merge
+from napo_loss.logps.tokens import spread
+from napo_loss.parallel.columns import Columns, Rows, merge
 from napo_loss.parallel.reductions import all_reduce
+
+if TYPE_CHECKING:
+    from napo_loss.kernels.logps_forward import Partials
 
 MASKED = -1
 """The local target of a masked position: unlike -100, no shift of a label by its shard's start gives it."""
@@ -22,7 +27,8 @@ FORWARD = ShardedCall.signature("(Tensor, Tensor, Tensor)")
 
 @torch.library.custom_op("napo_loss::sharded_logps", mutates_args=(), schema=FORWARD)
 def sharded_logps(*values) -> tuple[Tensor, Tensor, Tensor]:
-    """``logp [N, T]``, 0 where masked, and for backward ``lse [N, T]`` and the targets ``[N, T]`` among these columns.
+    """``logp [N, T]``, 0 where masked, and for backward ``normalizer [2, N, T]``, that of all columns, and the targets
+    ``[N, T]`` among these.
 
     One host sync, the number of active positions.
     """
@@ -38,47 +44,49 @@ def sharded_logps(*values) -> tuple[Tensor, Tensor, Tensor]:
     if triton:
         from napo_loss.kernels.logps_forward import logps_forward
 
-        partials = logps_forward(logits, local, 0, MASKED)
-        lse = (partials.peak[:, rows] + partials.total[:, rows].log()).logsumexp(0)
-        logp = partials.target[rows] - lse
+        found = _joined(logps_forward(logits, local, 0, MASKED), rows)
     else:
-        logp, lse = eager.token_logps(logits, local, MASKED)
-    logp, lse = merge(logp, lse, inside.flatten()[rows], columns)
+        found = eager.token_rows(logits, local, MASKED)
+    found = merge(found, inside.flatten()[rows], columns)
     known = targets.flatten()[rows]
-    logp = logp.where((known >= 0) & (known < columns.V), torch.nan)
-    return _spread(logp, rows, targets), _spread(lse, rows, targets), local
+    logp = (found.hit - found.normalizer[1]).where((known >= 0) & (known < columns.V), torch.nan)
+    return spread(logp, rows, targets), spread(found.normalizer, rows, targets), local
 
 
-def _spread(
-    x: Tensor,  # [A]
+def _joined(
+    partials: Partials,
     rows: Tensor,  # [A]
-    like: Tensor,  # [N, T]
-) -> Tensor:
-    return x.new_zeros(like.numel()).index_copy_(0, rows, x).view(like.shape)
+) -> Rows:
+    """From the shares of the programs that read a row to the row."""
+    part_peak = partials.peak[:, rows]  # [splits, A]
+    peak = part_peak.amax(0)
+    base = peak.masked_fill(peak == -torch.inf, 0)
+    total = (partials.total[:, rows] * (part_peak - base).exp()).sum(0)
+    return Rows(partials.target[rows] - peak, torch.stack([peak, total.log()]))
 
 
 @sharded_logps.register_fake
 def _(*values):
     call = ShardedCall.from_schema(*values)
     logp = call.logits.new_empty(call.targets.shape, dtype=accumulation_dtype(call.logits))
-    return logp, torch.empty_like(logp), call.targets.new_empty(call.targets.shape)
+    return logp, logp.new_empty((2, *logp.shape)), call.targets.new_empty(call.targets.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    _, lse, local_targets = output
-    ShardedCall.save(ctx, inputs, lse=lse, local_targets=local_targets)
+    _, normalizer, local_targets = output
+    ShardedCall.save(ctx, inputs, normalizer=normalizer, local_targets=local_targets)
 
 
-def _backward(ctx, grad, grad_lse, grad_targets):
+def _backward(ctx, grad, *_):
     if grad is None:
         return ShardedCall.gradients()
     call, outputs = ShardedCall.restore(ctx)
-    # The logsumexp is that of all columns, so these columns need nobody; each position has a weight of its own.
+    # The normalizer is that of all columns, so these columns need nobody; each position has a weight of its own.
     here = LogitsCall.of_targets(
         call.logits, outputs["local_targets"], token_weights=grad, ignore_index=MASKED,
         inplace_backward=call.inplace_backward, backend=call.backend,
     )  # fmt: skip
-    return ShardedCall.gradients(logits=logits_gradient(grad.new_ones(len(grad)), outputs["lse"], here))
+    return ShardedCall.gradients(logits=logits_gradient(grad.new_ones(len(grad)), outputs["normalizer"], here))
 
 
 sharded_logps.register_autograd(_backward, setup_context=_setup_context)
@@ -86,7 +94,7 @@ sharded_logps.register_autograd(_backward, setup_context=_setup_context)
 
 @dataclass
 class ShardedSteps(Steps):
-    """For this rank's columns: dlogits once the logsumexp of all columns is known."""
+    """For this rank's columns: dlogits once the normalizer of all columns is known."""
 
     columns: Columns
 
@@ -96,17 +104,21 @@ class ShardedSteps(Steps):
         targets: Tensor,  # [rows], among the whole vocabulary
         head: Head,
         dlogits: Tensor | None = None,  # [rows, columns]
-    ) -> tuple[Tensor, Tensor]:
+        *,
+        statistics: bool = False,
+    ) -> Rows:
         columns, local = self.columns, targets - self.columns.start
         inside = (local >= 0) & (local < columns.count)
         if columns.count:
-            logp, lse = super().rows(logits, local, head)
+            found = super().rows(logits, local, head, statistics=statistics)
         else:
-            logp, lse = logits.new_zeros(len(logits)), logits.new_full((len(logits),), -torch.inf)
-        logp, lse = merge(logp, lse, inside, columns)
+            hit, mean = logits.new_zeros(2, len(logits))
+            none = torch.full_like(hit, -torch.inf)
+            found = Rows.of(torch.stack([hit, none, none, *([hit, mean] if statistics else [])]))
+        found = merge(found, inside, columns)
         if dlogits is not None:
-            self.block(logits, targets, head, 0, lse, torch.ones_like(lse), dlogits)
-        return logp.where((targets >= 0) & (targets < columns.V), torch.nan), lse
+            self.block(logits, targets, head, 0, found.normalizer, torch.ones_like(found.hit), dlogits)
+        return found._replace(hit=found.hit.where((targets >= 0) & (targets < columns.V), torch.nan))
 
     def block(
         self,
@@ -114,12 +126,12 @@ class ShardedSteps(Steps):
         targets: Tensor,  # [rows], among the whole vocabulary
         head: Head,
         first: int,
-        lse: Tensor,  # [rows]
+        normalizer: Tensor,  # [2, rows]
         w: Tensor,  # [rows]
         dlogits: Tensor,  # [rows, columns]
     ) -> None:
         if self.columns.count:
-            super().block(logits, targets - self.columns.start, head, first, lse, w, dlogits)
+            super().block(logits, targets - self.columns.start, head, first, normalizer, w, dlogits)
 
     def reduce(self, x: Tensor) -> Tensor:
         return all_reduce(x, self.columns.process_group)

@@ -49,10 +49,26 @@ def aligned_weights(active: Tensor, token_weights: Tensor | None, shift: bool, d
     return torch.where(active, token_weights.detach().to(dtype).roll(-int(shift), dims=-1), 0)
 
 
+def spread(
+    x: Tensor,  # […, A]
+    rows: Tensor,  # [A] indices into N·T
+    like: Tensor,  # [N, T]
+) -> Tensor:
+    """``[…, N, T]``, 0 where a position is not active."""
+    out = x.new_zeros((*x.shape[:-1], like.numel()))
+    return out.index_copy_(-1, rows, x).view(*x.shape[:-1], *like.shape)
+
+
+def weighted(weights: Tensor, token_logps: Tensor) -> Tensor:
+    """``weights·token_logps``; a token of weight 0 does not count, though the policy excludes it: 0·−inf = 0."""
+    return torch.where(weights == 0, 0, weights * token_logps)
+
+
 def per_sequence(
     token_logps: Tensor, active: Tensor, token_weights: Tensor | None, shift: bool, packing: Packing | None
 ) -> SequenceLogps:
     """Weighted sums of token log-probs. ``active`` and the log-probs are aligned with the positions that predict."""
     weights = aligned_weights(active, token_weights, shift, token_logps.dtype)
     total = (lambda x: x.sum(1)) if packing is None else packing.sum
-    return SequenceLogps(total(weights * token_logps), total(weights))
+    counted = token_logps if token_weights is None else weighted(weights, token_logps)  # masked ones are 0 already
+    return SequenceLogps(total(counted), total(weights))

@@ -1,9 +1,9 @@
 """A vocabulary split over the ranks of a process group: which columns are here, and what the ranks exchange.
 
 Every rank holds some columns of the logits (rows of the lm_head), and the same positions and labels. Three floats of
-each active position go around: the logsumexp of a rank's columns, for the largest of them; then what its exponential
-adds to the sum, and the label's logit, which one rank has. Backward is local, but for the gradient of what every rank
-holds whole (hidden states, lora_A): a sum over ranks.
+each active position go around: the peak of a rank's columns, for the largest of them; then what they add to the sum of
+exponentials, and the label's logit, which one rank has; two more where token statistics are asked for. Backward is
+local, but for the gradient of what every rank holds whole (hidden states, lora_A): a sum over ranks.
 """
 
 from __future__ import annotations
@@ -53,21 +53,45 @@ class Columns(NamedTuple):
         return torch.distributed.distributed_c10d._resolve_process_group(self.group_name)  # pyright: ignore
 
 
+class Rows(NamedTuple):
+    """What a pass over some columns of rows of logits z tells of each row."""
+
+    hit: Tensor  # [rows]: the label's logit less the peak, exactly 0 where none is larger; NaN where it is not here
+    normalizer: Tensor  # [2, rows]: peak and log-total, softmax = exp((z − peak) − log-total); see DESIGN.md
+    statistics: Tensor | None = None  # [2, rows]: entropy in nats, mean of the logits
+
+    @classmethod
+    def of(cls, found: Tensor) -> Rows:
+        """From hit, peak, log-total and, where they were asked for, entropy and mean, ``[3 or 5, rows]``."""
+        return cls(found[0], found[1:3], found[3:] if found.shape[0] > 3 else None)
+
+
 def merge(
-    logp: Tensor,  # [A]
-    lse: Tensor,  # [A]
+    found: Rows,
     inside: Tensor,  # [A]: whether the label is one of these columns
     columns: Columns,
-) -> tuple[Tensor, Tensor]:
-    """``logp [A]`` and ``lse [A]`` of the whole vocabulary, from those of this rank's columns.
+) -> Rows:
+    """Of the whole vocabulary, from those of this rank's columns; columns that are not each there once give NaN.
 
-    Columns that together are not the vocabulary, each once, give NaN.
+    The entropy of a whole is ``Σ_r share_r·(H_r − log share_r)``; here shares are of the largest column, not of 1.
     """
-    A, process_group = len(lse), columns.process_group
-    peak = all_reduce(lse.clone(), process_group, largest=True)
-    here = lse - peak
-    hit = (logp + here).where(lse > -torch.inf, -torch.inf)  # of columns that are all -inf, logp is NaN
-    sums = torch.cat([here.exp(), hit.where(inside, 0), lse.new_tensor(columns.checks)])
-    total, hit, (count, squares) = all_reduce(sums, process_group).split([A, A, 2])
+    A, process_group = len(found.hit), columns.process_group
+    local_peak, local_log_total = found.normalizer
+    peak = all_reduce(local_peak.clone(), process_group, largest=True)
+    here = local_peak - peak
+    log_share = here + local_log_total
+    share = log_share.exp()
+    hit = (found.hit + here).where(local_peak > -torch.inf, -torch.inf)  # where all these columns are -inf: no NaN
+    parts = [share, hit.where(inside, 0)]
+    if found.statistics is not None:
+        entropy, mean = found.statistics
+        parts += [(share * (entropy - log_share)).where(share > 0, 0), mean * (columns.count / columns.V)]
+    sums = all_reduce(torch.cat([*parts, peak.new_tensor(columns.checks)]), process_group)
+    *parts, (count, squares) = sums.split([*[A] * len(parts), 2])
     whole = (count == columns.V) & (squares % PRIME == columns.V**2 % PRIME)
-    return (hit - total.log()).where(whole, torch.nan), peak + total.log()
+    total, hit = parts[0], parts[1].where(whole, torch.nan)
+    normalizer = torch.stack([peak, total.log()])
+    if found.statistics is None:
+        return Rows(hit, normalizer)
+    entropy = (parts[2] / total + normalizer[1]).clamp_min(0)
+    return Rows(hit, normalizer, torch.stack([entropy, parts[3]]).where(whole, torch.nan))
