@@ -49,7 +49,8 @@ class Fusion:
                 f"fused_head needs a transformers model whose output embeddings are a linear layer, got "
                 f"{self.name} with {type(head).__name__}"
             )
-        if getattr(getattr(self.inner, "config", None), "is_encoder_decoder", False):
+        config = getattr(self.inner, "config", None)
+        if any(getattr(c, "is_encoder_decoder", False) for c in (config, getattr(config, "text_config", None))):
             raise NotImplementedError(
                 f"fused_head is for causal models, and {self.name} is an encoder-decoder, whose labels are not "
                 "shifted: use sequence_logps(model(**inputs).logits, labels, shift=False)"
@@ -142,7 +143,7 @@ class Fusion:
             return None
         if self.probing:
             shown = call.shown = ramp(output.shape[-1], output)
-            return shown.expand(output.shape)
+            return shown.expand(output.shape).clone()  # some write into their logits, and shown must stay as it was
         processing = _PROCESSING[self.inner]
         with loaded(layer):
             projection = Projection.of(layer)
