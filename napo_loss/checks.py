@@ -140,6 +140,8 @@ def check_head(
             raise ValueError(SHARDED.format(name=name, what=f"empty, shape {list(x.shape)}, as a ZeRO-3 shard"))
         if x.device != hidden.device:
             raise ValueError(f"{name} is on {x.device}, but hidden is on {hidden.device}")
+        if x.dtype not in LOGITS_DTYPES:  # autocast would take a float8 weight for numbers, without its scale
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight must have shape [V, D] with hidden's D = {hidden.shape[-1]}, got {list(weight.shape)}"
@@ -153,10 +155,10 @@ def check_head(
                 f"lora_A and lora_B must have shapes [r, D] and [V, r] beside weight {list(weight.shape)}, got "
                 f"{list(lora_A.shape)} and {list(lora_B.shape)}"
             )
-    if torch.is_autocast_enabled(hidden.device.type):
-        return
     if hidden.dtype not in LOGITS_DTYPES:
         raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
+    if torch.is_autocast_enabled(hidden.device.type):
+        return
     if weight.dtype != hidden.dtype:
         raise TypeError(
             f"weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}; outside autocast nothing is cast"

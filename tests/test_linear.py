@@ -398,3 +398,19 @@ def test_a_label_out_of_range_is_a_visible_nan_on_a_gpu(budget):
     sums, _, grads = run(linear_sequence_logps, tensors, labels, upstream, backend="triton", logits_budget=budget)
     assert sums.isnan().tolist() == [True, False, False]
     assert all(g.isfinite().all() for g in grads.values())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int64])
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "lora_A", "lora_B"])
+def test_dtypes_that_are_no_numbers_by_themselves_are_refused(name, dtype, autocast):
+    """Float8 and integer weights mean something with a scale only, which autocast does not know."""
+    given = {"hidden": torch.ones(1, 3, 4), "weight": torch.ones(6, 4), "bias": torch.ones(6)}
+    given |= {"lora_A": torch.ones(2, 4), "lora_B": torch.ones(6, 2)}
+    given[name] = given[name].to(dtype)
+    head = LowRank(given["weight"], given["lora_A"], given["lora_B"])
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(TypeError, match=rf"{name} must be .*{dtype}"),
+    ):
+        linear_sequence_logps(given["hidden"], head, torch.zeros(1, 3, dtype=torch.long), bias=given["bias"])
