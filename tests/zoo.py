@@ -1,7 +1,6 @@
 """The zoo: every class of transformers' language models built small, and ``fused_head`` compared with its own logits.
 
-    python tests/zoo.py             # writes docs/models.md
-    python tests/zoo.py Qwen2 LED   # prints what is found of those whose name holds a word
+``python tests/zoo.py`` writes docs/models.md; with words behind, it prints what is found of those whose name holds one.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ OF_CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "Inkling whose vocabulary is not cut": ("InklingForCausalLM", {"unpadded_vocab_size": None}),
     "InstructBLIP over T5": ("InstructBlipForConditionalGeneration", {"text_config": {"model_type": "t5"}}),
     "Llama with tied weights": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "InstructBLIP-Video over T5": ("InstructBlipVideoForConditionalGeneration", {"text_config": {"model_type": "t5"}}),
     "LLaVA over Gemma 2": ("LlavaForConditionalGeneration", {"text_config": {"model_type": "gemma2"}}),
     "LLaVA-NeXT over Granite": ("LlavaNextForConditionalGeneration", {"text_config": {"model_type": "granite"}}),
     "Mixtral with router logits": ("MixtralForCausalLM", {"output_router_logits": True}),
@@ -179,14 +179,16 @@ def render(table: Iterable[str]) -> str:
     images = sum(line.split(" | ")[2] == "yes" for line in table)
     return f"""# Models
 
-What [`fused_head`](logps.md) does with the language models of transformers {transformers.__version__}: every class of its
-mappings for causal, image-text-to-text, multimodal and sequence-to-sequence language models, and some of them in other
-configs. This page is made by `python tests/zoo.py`, and `make test-all` finds each line again.
+What [`fused_head`](logps.md) does with the language models of transformers {transformers.__version__}: every class of
+its mappings for causal, image-text-to-text, multimodal and sequence-to-sequence language models, and some of them in
+other configs. This page is made by `python tests/zoo.py`, and `make test-all` finds each line again.
 
-Each is built small from its config, with random weights. "Equal" means that the log-probs of four sequences (padded left,
-padded right, with masked prompts, one masked altogether) are those of a float64 log-softmax of the model's own logits,
-and that every parameter has the same gradient, the vision tower's included, in eval and in train mode. "Refused" means an
-error that names the class, and no number. An image is given as the model's own inputs where the third column says so.
+Each is built small from its config, with random weights. "Equal" means that the log-probs of four sequences (padded
+left, padded right, with masked prompts, one masked altogether) are those of a float64 log-softmax of the model's own
+logits, and that every trained parameter has the same gradient, the vision tower's included, in eval and in train mode
+(those of Reformer and RWKV in train mode alone: they cannot be differentiated in the other). "Refused" means an error
+that names the class, and no number. Each sequence has an image, as the model's own inputs, where the third column says
+so; audio is left out.
 
 **{kinds["equal"]} equal ({images} with an image), {kinds["refused"]} refused, {kinds["not built"]} not built.**
 

@@ -1,4 +1,4 @@
-"""Inputs of a small model as its own forward names them: padded text and, where a model takes images, an image in each row."""
+"""Inputs of a small model as its own forward names them: padded text and, where it takes images, one in each row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo_settings import FIRST, LAST, D
+from zoo_settings import BOTH, FIRST, LAST, D
 
 N, T = 4, 12
 SIDE, PATCH = 16, 4  # of an image and of its patches, in pixels
@@ -17,7 +17,7 @@ Inputs = dict[str, Any]
 
 
 def text(model: nn.Module) -> Inputs:
-    """A whole row, one padded right, one padded left, one whose labels are all masked; prompts are masked, and a hole."""
+    """A whole row with a hole in its labels, one padded right, one padded left, one all masked; prompts are masked."""
     ids = torch.randint(FIRST, LAST, (N, T), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, -3:] = 0
@@ -41,7 +41,8 @@ def pictured(model: nn.Module) -> Inputs | None:
     if not takes_images(model):
         return None
     cls = type(model).__name__
-    looks = LOOKS[cls](model) if cls in LOOKS else grid(model) if "image_grid_thw" in parameters(model) else square(model)
+    usual = grid if "image_grid_thw" in parameters(model) else square
+    looks = LOOKS.get(cls, usual)(model)
     found = text(model)
     if cls in BESIDE:
         return found | looks
@@ -110,6 +111,7 @@ def rows_of_patches(model: nn.Module, width: int = 3 * PATCH * PATCH, **more: An
     return {"pixel_values": pixels(16, width), **more}
 
 
+ONES = torch.ones(N, dtype=torch.long)
 SHAPE = torch.tensor([[4, 4]] * N)  # of each image, in patches
 PLACES = torch.tensor([[x, y] for y in range(4) for x in range(4)]).repeat(N, 1, 1)  # of its patches, [N, 16, 2]
 POOLED = torch.arange(N * 16).view(N, 2, 2, 2, 2).transpose(2, 3).reshape(N * 4, 4)  # four patches for each token
@@ -118,17 +120,20 @@ LOOKS: dict[str, Callable[[Any], Inputs]] = {
     "Emu3ForConditionalGeneration": sized,
     "FuyuForCausalLM": lambda m: rows_of_patches(m, places=16),
     "Gemma4ForConditionalGeneration": lambda m: rows_of_patches(m, image_position_ids=PLACES),
-    "Gemma4UnifiedForConditionalGeneration": lambda m: rows_of_patches(m, 12 * PATCH * PATCH, image_position_ids=PLACES),
+    "Gemma4UnifiedForConditionalGeneration": lambda m: rows_of_patches(m, 192, image_position_ids=PLACES),
     "Granite4VisionForConditionalGeneration": lambda m: tiles(m) | {"places": 14},
-    "GraniteDoclingForConditionalGeneration": lambda m: one_of_many(m, pixel_attention_mask=torch.ones(N, 1, dtype=torch.bool)),
+    "GraniteDoclingForConditionalGeneration": lambda m: one_of_many(m, pixel_attention_mask=ONES[:, None] > 0),
     "Idefics2ForConditionalGeneration": one_of_many,
     "Idefics3ForConditionalGeneration": one_of_many,
     "IdeficsForVisionText2Text": lambda m: one_of_many(m, image_attention_mask=torch.ones(N, T, 1)),
-    "Inkling2ForConditionalGeneration": lambda m: {"pixel_values": pixels(8, 8, 3, rows=4 * N), "image_grid_thw": torch.tensor([[1, 2, 2]] * N)},
+    "Inkling2ForConditionalGeneration": lambda m: {
+        "pixel_values": pixels(8, 8, 3, rows=4 * N), "image_grid_thw": torch.tensor([[1, 2, 2]] * N),
+    },
     "InklingForConditionalGeneration": lambda m: {"pixel_values": pixels(2, PATCH, PATCH, 3, rows=4 * N)},
     "InstructBlipForConditionalGeneration": lambda m: square(m, qformer_input_ids=torch.full((N, 3), FIRST)),
     "InstructBlipVideoForConditionalGeneration": lambda m: {
-        "pixel_values": pixels(2, 3, SIDE, SIDE), "qformer_input_ids": torch.full((N, 3), FIRST), "token": 4, "places": 8,
+        "pixel_values": pixels(2, 3, SIDE, SIDE), "qformer_input_ids": torch.full((N, 3), FIRST),
+        "token": 4, "places": 8,
     },
     "Kimi_K25ForConditionalGeneration": lambda m: grid(m, 3, PATCH, PATCH),
     "Kosmos2ForConditionalGeneration": lambda m: square(m, token=FIRST - 1, places=4),
@@ -136,7 +141,7 @@ LOOKS: dict[str, Callable[[Any], Inputs]] = {
         "flattened_patches": torch.cat([PLACES, pixels(16, 48)], -1), "token": FIRST - 1, "places": 4,
     },
     "Lfm2VlForConditionalGeneration": lambda m: rows_of_patches(
-        m, spatial_shapes=SHAPE, pixel_attention_mask=torch.ones(N, 16, dtype=torch.long)
+        m, spatial_shapes=SHAPE, pixel_attention_mask=ONES[:, None].expand(N, 16)
     ),
     "LightOnOcrForConditionalGeneration": sized,
     "Llama4ForConditionalGeneration": lambda m: square(m, places=4),
@@ -150,10 +155,10 @@ LOOKS: dict[str, Callable[[Any], Inputs]] = {
     "MistralLarge4ForConditionalGeneration": sized,
     "MllamaForConditionalGeneration": lambda m: {
         "pixel_values": pixels(1, 4, 3, SIDE, SIDE), "aspect_ratio_ids": torch.full((N, 1), 6),
-        "aspect_ratio_mask": torch.ones(N, 1, 4, dtype=torch.long), "cross_attention_mask": torch.ones(N, T, 1, 4),
+        "aspect_ratio_mask": ONES[:, None, None].expand(N, 1, 4), "cross_attention_mask": torch.ones(N, T, 1, 4),
     },
     "Molmo2ForConditionalGeneration": lambda m: rows_of_patches(
-        m, image_token_pooling=POOLED, image_grids=torch.tensor([[2, 2, 0, 0]] * N), image_num_crops=torch.ones(N, dtype=torch.long)
+        m, image_token_pooling=POOLED, image_grids=torch.tensor([[2, 2, 0, 0]] * N), image_num_crops=ONES
     ),
     "NemotronH_Omni_Reasoning_V3": lambda m: {"pixel_values": pixels(48, rows=16 * N), "image_grid_hw": SHAPE},
     "PaddleOCRVLForConditionalGeneration": lambda m: grid(m, 3, PATCH, PATCH),
@@ -164,7 +169,9 @@ LOOKS: dict[str, Callable[[Any], Inputs]] = {
     "SmolVLMForConditionalGeneration": one_of_many,
     "VideoLlama3ForConditionalGeneration": lambda m: grid(m) | {"image_merge_sizes": torch.full((N,), 2)},
 }  # fmt: skip
-BESIDE = {"BlipForConditionalGeneration", "GitForCausalLM", "IdeficsForVisionText2Text", "MllamaForConditionalGeneration"}
+BESIDE = {
+    "BlipForConditionalGeneration", "GitForCausalLM", "IdeficsForVisionText2Text", "MllamaForConditionalGeneration",
+}  # fmt: skip
 """Models whose images are attended to, or come first, so that no token stands for them."""
 NO_LOOKS = {"FastVlmForConditionalGeneration", "PerceptionLMForConditionalGeneration"}
 """Models whose vision tower is timm's, and another one in the zoo."""
@@ -175,7 +182,7 @@ TEXT: dict[str, Callable[[Any], Inputs]] = {
     },
     "Gemma4UnifiedAssistantForCausalLM": lambda m: {
         "inputs_embeds": pixels(T, 2 * D),
-        "shared_kv_states": {kind: (pixels(2, T, 8), pixels(2, T, 8)) for kind in ("full_attention", "sliding_attention")},
+        "shared_kv_states": dict.fromkeys(BOTH, (pixels(2, T, 8), pixels(2, T, 8))),
     },
     "KyutaiSpeechToTextForConditionalGeneration": lambda m: {
         "input_ids": torch.randint(1, 16, (N, T, 3), generator=torch.Generator().manual_seed(2)),

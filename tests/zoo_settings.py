@@ -76,7 +76,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "ChameleonConfig": {"vocabulary_map": {"<image>": 3} | {f"IMGIMG{chr(65 + i)}Z": 10 + i for i in range(8)}},
     "ChameleonVQVAEConfig": VQ,
     "CodeGenConfig": {"rotary_dim": 4},
-    "CohereCompassTextConfig": {"rope_parameters": {kind: ROPE for kind in BOTH}},
+    "CohereCompassTextConfig": {"rope_parameters": dict.fromkeys(BOTH, ROPE)},
     "DbrxConfig": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": D, "ffn_hidden_size": 16},
