@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
 
@@ -96,6 +96,26 @@ def test_the_pass_shares_the_policys_weights(tmp_path, monkeypatch):
     trainer_of(pairs(), tmp_path, policy=model, precompute_ref_log_probs=True)
     assert seen[0] is not model
     assert {id(p) for p in seen[0].parameters()} == {id(p) for p in model.parameters()}
+
+
+def test_a_model_by_its_name(tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "model")
+    named = trainer_of(pairs(), tmp_path, policy=str(tmp_path / "model"), precompute_ref_log_probs=True)
+    assert named.ref_model is None
+    np.testing.assert_allclose(
+        columns_of(named), columns_of(trainer_of(pairs(), tmp_path, precompute_ref_log_probs=True)), rtol=1e-5
+    )
+    named.train()
+
+
+def test_an_adapter_under_fsdp_is_refused(tmp_path, monkeypatch):
+    args = arguments(NaPOConfig, tmp_path, precompute_ref_log_probs=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for policy, extra in ((tiny.llama(), {"peft_config": ADAPTER}), (get_peft_model(tiny.llama(), ADAPTER), {})):
+        with pytest.raises(
+            NotImplementedError, match=r"precompute_ref_log_probs=True with PEFT is not supported under FSDP"
+        ):
+            NaPOTrainer(policy, None, args, train_dataset=pairs(), processing_class=tiny.tokenizer(), **extra)
 
 
 def saved(data, folder):

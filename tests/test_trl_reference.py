@@ -211,6 +211,19 @@ def test_encoder_decoders_are_refused_by_name(tmp_path):
             )
 
 
+def test_a_reference_with_an_adapter_of_its_own_keeps_it(tmp_path):
+    ref = get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    trainer = NaPOTrainer(
+        tiny.llama(), ref, arguments(NaPOConfig, tmp_path), train_dataset=pairs(), processing_class=tiny.tokenizer()
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        expected = logps_by_hand(ref, batch).sum
+        plain = logps_by_hand(tiny.llama(), batch).sum
+    torch.testing.assert_close(trainer.reference_logps(batch).double(), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - plain).abs().max() > 1e-2
+
+
 def test_the_reference_is_no_part_of_the_graph(tmp_path):
     trainer = trainer_for("text", tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))

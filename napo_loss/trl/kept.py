@@ -84,7 +84,7 @@ class Kept:
         trainer = self.trainer
         model = self._model()
         add = ReferencePass(
-            self.blocks, trainer.data_collator, model,
+            self.blocks, trainer.data_collator, model, trainer.ref_model is None,
             lambda inputs: trainer.reference_logps(trainer._prepare_inputs(inputs), model),
             trainer.accelerator, trainer.args.dataloader_num_workers,
         )  # fmt: skip

@@ -75,9 +75,9 @@ def as_reference(model: Any) -> Iterator[None]:
                 yield
 
 
-def weights_of_reference(model: nn.Module) -> dict[str, torch.Tensor]:
+def weights_of_reference(model: nn.Module, *, own: bool) -> dict[str, torch.Tensor]:
     """The tensors that decide the reference's log-probs: of a PEFT model that is its own, not those of the adapter."""
     adapter: set[str] = set()
-    if is_peft_model(model) and "ref" not in model.peft_config:  # pyright: ignore[reportOperatorIssue]
+    if own and is_peft_model(model) and "ref" not in model.peft_config:  # pyright: ignore[reportOperatorIssue]
         adapter = {name for name, p in model.named_parameters() if p.requires_grad}
     return {name: x for name, x in model.state_dict(keep_vars=True).items() if name not in adapter}

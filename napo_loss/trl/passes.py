@@ -33,8 +33,9 @@ class OneHead(DPOTrainer):
     @torch.no_grad()
     def reference_logps(self, inputs, model=None) -> Tensor:
         """Log-probs ``[N]`` of the reference; ``model``: another that stands for it."""
-        if model is None:
-            model = self.model if self.ref_model is None else self.ref_model
+        if self.ref_model is not None:
+            return self.sequence_logps(model or self.ref_model, inputs).sum
+        model = model or self.model
         with as_reference(self.accelerator.unwrap_model(model)):
             return self.sequence_logps(model, inputs).sum
 

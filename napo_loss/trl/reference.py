@@ -39,6 +39,7 @@ class ReferencePass:
         blocks: ``chosen`` and the negatives.
         collator: the trainer's own.
         model: the reference, whose weights are a part of what files are found by.
+        own: whether it is the policy, as it starts or without its adapter.
         logps: log-probs ``[N]`` of a batch.
         accelerator: the trainer's.
         workers: processes that collate.
@@ -47,6 +48,7 @@ class ReferencePass:
     blocks: list[str]
     collator: NegativesCollator
     model: nn.Module
+    own: bool
     logps: Callable[[dict[str, Any]], Tensor]
     accelerator: Any
     workers: int = 0
@@ -126,7 +128,8 @@ class ReferencePass:
     def _weights(self) -> str:
         """Of all ranks together, each of which may hold a shard."""
         digest = hashlib.sha256()
-        for name, x in sorted(weights_of_reference(self.accelerator.unwrap_model(self.model)).items()):
+        weights = weights_of_reference(self.accelerator.unwrap_model(self.model), own=self.own)
+        for name, x in sorted(weights.items()):
             digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
             for part in _local(x):
                 digest.update(_bytes(part))
