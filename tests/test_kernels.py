@@ -61,7 +61,8 @@ def test_fused_objective_is_the_plain_one(seed, K, B, has_reference, average, dy
     for a, b, c in zip(exact, plain, fused, strict=True):
         assert a.shape == b.shape == c.shape
         size = a.abs().max() + 1e-3
-        assert (c - a).abs().max() / size <= 3 * (b - a).abs().max() / size + 3e-6
+        # q has exp(α·mean): the last bit of an argument of up to 88 is 5e-6 of it, for one path or the other.
+        assert (c - a).abs().max() / size <= 3 * (b - a).abs().max() / size + 8e-6
 
 
 def test_fused_objective_meets_nan_as_the_plain_one(monkeypatch):
