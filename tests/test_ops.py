@@ -7,7 +7,19 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 
-from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, sequence_logps
+from napo_loss import (
+    LowRank,
+    NaPOLoss,
+    Negative,
+    Recipe,
+    SequenceLogps,
+    linear_sequence_logps,
+    margin_moments,
+    napo_loss,
+    noise_aware_dpo_loss,
+    noise_level,
+    sequence_logps,
+)
 from napo_loss.logps import ops
 from napo_loss.logps.calls import LogitsCall
 from napo_loss.objective import loss as objective
@@ -84,6 +96,48 @@ def test_compiles_as_one_graph(backend, fused, monkeypatch):
     torch.testing.assert_close(loss, eager_loss)
     torch.testing.assert_close(q, eager_q)
     torch.testing.assert_close(grad, eager_grad)
+
+
+def of_floats():
+    """Every float that a public function takes, by name, as a function of it."""
+    pc, pr, moments = -torch.rand(4), -torch.rand(4), torch.rand(2)
+    hidden, weight, labels = torch.randn(2, 5, 8), torch.randn(16, 8), torch.randint(0, 16, (2, 5))
+    lora = torch.randn(2, 8), torch.randn(16, 2)
+
+    def loss(beta=0.1, previous=None, **settings):
+        recipe = Recipe(**settings)
+        return napo_loss(pc, pr, None, None, beta=beta, recipe=recipe, previous_moments=previous).losses
+
+    return {
+        "beta": lambda x: loss(beta=x),
+        "sft_weight": lambda x: loss(sft_weight=x),
+        "decay": lambda x: loss(decay=x, previous=moments),
+        "Negative.alpha": lambda x: loss(negatives=Negative(alpha=x)),
+        "Negative.q": lambda x: loss(negatives=Negative(q=x)),
+        "Negative.weight": lambda x: loss(negatives=Negative(weight=x)),
+        "NaPOLoss.beta": lambda x: NaPOLoss(beta=x)(pc, pr, None, None).losses,
+        "dpo beta": lambda x: noise_aware_dpo_loss(pc, pr, None, None, beta=x, q=0.5).losses,
+        "dpo q": lambda x: noise_aware_dpo_loss(pc, pr, None, None, q=x).losses,
+        "alpha": lambda x: noise_level(pc - pr, alpha=x),
+        "bounds": lambda x: noise_level(pc - pr, bounds=(x / 2, x)),
+        "margin_moments.decay": lambda x: margin_moments(pc - pr, previous=moments, decay=x).mean,
+        "softcap": lambda x: linear_sequence_logps(hidden, weight, labels, softcap=x).sum,
+        "logit_scale": lambda x: linear_sequence_logps(hidden, weight, labels, logit_scale=x).sum,
+        "LowRank.scale": lambda x: linear_sequence_logps(hidden, LowRank(weight, *lora, x), labels).sum,
+    }
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", of_floats())
+def test_a_second_float_compiles_too(name, fused, monkeypatch):
+    """The first is a constant to torch.compile, from the second on a symbol: checks must take one for a number."""
+    monkeypatch.setattr(objective, "_can_fuse", lambda *_: fused)
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    function = of_floats()[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for x in (0.5, 0.25, 0.75):
+        torch.testing.assert_close(compiled(x), function(x))
 
 
 def test_does_not_recompile_for_new_batch_sizes_forever():

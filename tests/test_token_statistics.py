@@ -3,8 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.library import opcheck
 
 from napo_loss import LowRank, VocabShard, fused_head, linear_sequence_logps
+from napo_loss.logps import linear_ops
+from napo_loss.logps.calls import LinearCall
+from napo_loss.logps.records import Head
 
 N, T, D, V = 3, 7, 12, 37
 BACKENDS = ["eager", "triton"]
@@ -172,3 +176,82 @@ def test_of_a_model():
     hits = torch.zeros(2, 8, dtype=torch.bool)
     hits[:, :-1] = z[:, :-1].argmax(-1) == labels[:, 1:]
     assert torch.equal(tokens.is_top1, hits & active)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", ["rising", "falling", "random"])
+def test_a_vocabulary_of_several_blocks(backend, order):
+    """The kernel's sums move along with a peak that rises from block to block, or never again."""
+    V = 9001
+    rows = 4 * torch.randn(3, V, generator=torch.Generator().manual_seed(0))
+    if order != "random":
+        rows = rows.sort(-1, descending=order == "falling").values
+    labels = torch.tensor([[0, V - 1, int(rows[2].argmax())]])
+    found = of_rows(rows, labels, backend)
+    z = rows.double()
+    p = z.softmax(-1)
+    torch.testing.assert_close(found.entropy[0].double(), -(p * p.log()).sum(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.mean_logits[0].double(), z.mean(-1), rtol=1e-5, atol=1e-5)
+    assert found.is_top1[0].tolist() == (rows.gather(1, labels.T)[:, 0] == rows.amax(1)).tolist()
+
+
+def of_rows(rows, labels, backend):
+    """Of these logits, to the bit: each hidden state picks a row of them."""
+    given = {"shift": False, "token_statistics": True, "backend": backend}
+    return linear_sequence_logps(torch.eye(len(rows))[None], rows.T.contiguous(), labels, **given).tokens
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("V", [5, 9001])  # in the kernel one block, and blocks with nothing in them
+@pytest.mark.parametrize("finite", [[0], [3], [4], [1, 3], [0, 4]], ids=str)
+def test_blocks_of_minus_infinity(backend, V, finite):
+    """What the bias excludes has no share of the entropy, before the first logit and after; 0·−inf is 0."""
+    at = torch.tensor(finite) * (V // 5)
+    bias = torch.full((V,), -torch.inf).index_put((at,), torch.arange(len(at)) / 3)
+    label = int(at[-1])
+    leaves = [torch.zeros(1, 2, 3, requires_grad=True), torch.zeros(V, 3, requires_grad=True)]
+    out = linear_sequence_logps(
+        *leaves,
+        torch.tensor([[label, (label + 1) % V]]),
+        bias=bias,
+        shift=False,
+        token_statistics=True,
+        backend=backend,
+    )
+    p = (torch.arange(len(at)) / 3).softmax(0)
+    torch.testing.assert_close(out.tokens.entropy, -(p * p.log()).sum().expand(1, 2))
+    assert out.tokens.is_top1.tolist() == [[True, False]]
+    assert out.tokens.mean_logits.isneginf().all()
+    out.sum.sum().backward()
+    assert all(x.grad.isfinite().all() for x in leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ties_are_hits_and_a_sure_model_has_no_entropy(backend):
+    assert of_rows(
+        torch.tensor([[1.0, 3.0, 3.0, 2.0]]).repeat(4, 1), torch.arange(4)[None], backend
+    ).is_top1.tolist() == [[False, True, True, False]]
+    rows = torch.zeros(2, 1000)
+    rows[0, 7], rows[1, 7] = 1e30, 200.0  # all other shares vanish
+    assert of_rows(rows, torch.tensor([[7, 3]]), backend).entropy.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what Triton's interpreter loads and stores")
+def test_the_same_pass_and_two_floats_more():
+    from benchmarks.traffic import Counter
+    from napo_loss.kernels.linear_rows import linear_rows
+
+    head, moved = {"bias": None, "logit_scale": 1.0, "softcap": 0.0}, []
+    for statistics in (False, True):
+        with Counter() as counter:
+            linear_rows(torch.zeros(3, 5003), torch.zeros(3, dtype=torch.long), None, **head, statistics=statistics)
+        moved.append((counter.read, counter.written))
+    assert moved[1] == (moved[0][0], moved[0][1] + 2 * 4 * 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    hidden, weight, labels = case()
+    head = Head.of(weight.requires_grad_(), softcap=5.0)
+    call = LinearCall.of(hidden.requires_grad_(), head, labels, budget=3000, token_statistics=True, backend=backend)
+    opcheck(linear_ops.linear_logps, (), call.to_schema())
