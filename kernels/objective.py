@@ -75,14 +75,16 @@ def objective_kernel(
     weight = tl.load(weight_ptr + k, mask=in_k, other=0.0)
 
     if COMPUTE_MEANS:
-        seen_sum = tl.zeros([BLOCK_K, BLOCK_B], tl.float32)
-        square_sum = tl.zeros([BLOCK_K, BLOCK_B], tl.float32)
-        psi_sum = tl.zeros([BLOCK_K, BLOCK_B], tl.float32)
+        # In float64: margins of both signs cancel, and what is left of a mean decides q.
+        seen_sum = tl.zeros([BLOCK_K, BLOCK_B], tl.float64)
+        square_sum = tl.zeros([BLOCK_K, BLOCK_B], tl.float64)
+        psi_sum = tl.zeros([BLOCK_K, BLOCK_B], tl.float64)
         for start in range(0, B, BLOCK_B):
             b = start + tl.arange(0, BLOCK_B)
             chosen, rejected, chosen_length, rejected_length, in_b, inside, at = margins(
                 policy_chosen_ptr, policy_rejected_ptr, reference_chosen_ptr, reference_rejected_ptr,
                 chosen_length_ptr, rejected_length_ptr, b, k, B, K, MIN_LENGTH, HAS_REFERENCE, HAS_LENGTH,
+                tl.float64,
             )  # fmt: skip
             sum_margin = chosen[None, :] - rejected
             mean_margin = (chosen / chosen_length)[None, :] - rejected / rejected_length
@@ -90,9 +92,9 @@ def objective_kernel(
             seen_sum += seen
             square_sum += seen * seen
             psi_sum += tl.where(inside, mean_margin if AVERAGE else sum_margin, 0.0)
-        seen_mean = tl.sum(seen_sum, axis=1) / B
-        seen_square = tl.sum(square_sum, axis=1) / B
-        margin_mean = tl.sum(psi_sum, axis=1) / B
+        seen_mean = (tl.sum(seen_sum, axis=1) / B).to(tl.float32)
+        seen_square = (tl.sum(square_sum, axis=1) / B).to(tl.float32)
+        margin_mean = (tl.sum(psi_sum, axis=1) / B).to(tl.float32)
         tl.store(seen_mean_ptr + k, seen_mean, mask=in_k)
         tl.store(seen_square_ptr + k, seen_square, mask=in_k)
         tl.store(margin_mean_ptr + k, margin_mean, mask=in_k)
@@ -130,6 +132,7 @@ def objective_kernel(
             chosen, rejected, chosen_length, rejected_length, in_b, inside, at = margins(
                 policy_chosen_ptr, policy_rejected_ptr, reference_chosen_ptr, reference_rejected_ptr,
                 chosen_length_ptr, rejected_length_ptr, b, k, B, K, MIN_LENGTH, HAS_REFERENCE, HAS_LENGTH,
+                tl.float32,
             )  # fmt: skip
             policy = tl.load(policy_chosen_ptr + b, mask=in_b, other=0.0).to(tl.float32)
             if AVERAGE:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import processes
@@ -36,6 +36,10 @@ def run_objective(monkeypatch, fused, dtype, pc, pr, refs, lengths, **kwargs):
     sft=st.sampled_from([0.0, 0.3]), scale=st.sampled_from([1.0, 30.0, 1e4]),
     estimators=st.lists(st.sampled_from(["released", "paper", "moment"]), min_size=5, max_size=5),
 )  # fmt: skip
+@example(
+    seed=356095577, K=None, B=37, has_reference=False, average=False, dynamic=False, smooth=False, sft=0.0, scale=1e4,
+    estimators=["released"] * 5,
+)  # fmt: skip
 def test_fused_objective_is_the_plain_one(seed, K, B, has_reference, average, dynamic, smooth, sft, scale, estimators):
     g = torch.Generator().manual_seed(seed)
     rows = (B,) if K is None else (K, B)
@@ -61,8 +65,7 @@ def test_fused_objective_is_the_plain_one(seed, K, B, has_reference, average, dy
     for a, b, c in zip(exact, plain, fused, strict=True):
         assert a.shape == b.shape == c.shape
         size = a.abs().max() + 1e-3
-        # q has exp(α·mean): the last bit of an argument of up to 88 is 5e-6 of it, for one path or the other.
-        assert (c - a).abs().max() / size <= 3 * (b - a).abs().max() / size + 8e-6
+        assert (c - a).abs().max() / size <= 3 * (b - a).abs().max() / size + 3e-6
 
 
 def test_fused_objective_meets_nan_as_the_plain_one(monkeypatch):
