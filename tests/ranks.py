@@ -7,6 +7,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import wait
 
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from hypothesis import Phase, settings
 from torch.distributed.tensor.debug import CommDebugMode
 
+from napo_loss.objective import loss as objective
+
 NEVER = timedelta(days=1)
 """A collective waits for its slowest rank. What hangs, pytest's own limit ends: it stops the ranks, too."""
 
@@ -22,6 +25,16 @@ NEVER = timedelta(days=1)
 def examples(count: int):
     """Settings of hypothesis for tests of ranks: a failing example costs a new set of processes, so none is shrunk."""
     return settings(max_examples=count, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+
+
+@contextmanager
+def objective_is(fused: bool):
+    """The objective as a kernel, interpreted here, or in tensor operations; processes of a pool outlive a test."""
+    original, objective._can_fuse = objective._can_fuse, lambda *_: fused
+    try:
+        yield
+    finally:
+        objective._can_fuse = original
 
 
 class Ranks:

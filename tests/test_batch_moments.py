@@ -1,6 +1,5 @@
 """q and weights of a whole batch for each of its micro-batches: however split, the numbers are those of one call."""
 
-from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
@@ -9,21 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from napo_loss import NaPOLoss, Negative, Recipe, SequenceLogps, napo_loss
-from napo_loss.objective import loss as objective
 from napo_loss.objective.estimators import BatchMoments
-from ranks import examples
+from ranks import examples, objective_is
 
 NAMES = ["rejected", "question_only", "image_only"]
-
-
-@contextmanager
-def objective_is(fused):
-    """The objective as a kernel, interpreted here, or in tensor operations; processes of a pool outlive a test."""
-    original, objective._can_fuse = objective._can_fuse, lambda *_: fused
-    try:
-        yield
-    finally:
-        objective._can_fuse = original
 
 
 def logps_of(seed, K, B, dtype=torch.float32):

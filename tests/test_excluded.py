@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from napo_loss import Moments, NaPOLoss, Negative, Recipe, napo_loss, noise_aware_dpo_loss, noise_level
-from napo_loss.objective import loss as room
 from napo_loss.objective.eager import dynamic_weights
+from ranks import objective_is
 
 INF = math.inf
 BACKENDS = ["eager", "kernel"]
@@ -18,10 +18,9 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
-    if request.param == "kernel":
-        monkeypatch.setattr(room, "_can_fuse", lambda *_: True)  # in Triton's interpreter
-    return request.param
+def backend(request):
+    with objective_is(fused=request.param == "kernel"):
+        yield request.param
 
 
 def run(chosen, rejected, recipe, **kwargs):

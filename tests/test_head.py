@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import tiny
+from heads import assert_same, gradients
 from napo_loss import fused_head, linear_sequence_logps, noise_aware_dpo_loss, sequence_logps
 from ranks import Ranks
 
@@ -44,27 +45,6 @@ def batch(V=20, N=4, T=7):
     labels = ids.clone()
     labels[:, :3] = -100
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels
-
-
-def gradients(model, logps):
-    model.zero_grad()
-    (logps.sum * torch.linspace(-1, 1, len(logps.sum))).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(model, inputs, labels, **kwargs):
-    """Log-probs and every gradient are those of the model's own logits; afterwards the model is as it was."""
-    expected = sequence_logps(model(**inputs).logits, labels, **kwargs)
-    expected_grads = gradients(model, expected)
-    with fused_head(model):
-        logps = model(**inputs, labels=labels, **kwargs)
-        assert hasattr(model(**inputs), "logits")  # without labels nothing changes
-    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
-    grads = gradients(model, logps)
-    assert grads.keys() == expected_grads.keys()
-    for name, grad in grads.items():
-        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-4, atol=1e-5, msg=name)
-    assert hasattr(model(**inputs, labels=labels), "logits")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -16,11 +16,13 @@ from peft import (
 from transformers import LlamaForCausalLM
 
 import tiny
+from heads import assert_same
 from napo_loss import fused_head, sequence_logps
 
 IDS = torch.randint(4, 20, (3, 9), generator=torch.Generator().manual_seed(0))
 LABELS = IDS.clone()
 LABELS[:, :3] = -100
+INPUTS = {"input_ids": IDS}
 
 
 def moved(model):
@@ -44,25 +46,6 @@ def adapted(config, tied=False):
     return moved(get_peft_model(LlamaForCausalLM(tiny.text_config(tie_word_embeddings=tied)), config))
 
 
-def gradients(model, logps):
-    model.zero_grad()
-    (logps.sum * torch.linspace(-1, 1, len(logps.sum))).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(model):
-    logits = model(input_ids=IDS).logits[:, -IDS.shape[1] :]  # virtual tokens come first
-    expected = sequence_logps(logits, LABELS)
-    grads = gradients(model, expected)
-    assert grads
-    with fused_head(model):
-        logps = model(input_ids=IDS, labels=LABELS)
-    torch.testing.assert_close(logps.sum, expected.sum, rtol=1e-5, atol=1e-5)
-    assert torch.equal(logps.length, expected.length)
-    torch.testing.assert_close(gradients(model, logps), grads, rtol=1e-4, atol=1e-5)
-    assert hasattr(model(input_ids=IDS), "logits")
-
-
 LORA = {"r": 2, "init_lora_weights": False}
 CONFIGS = {
     "bias": (LoraConfig(**LORA, target_modules=["lm_head"], lora_bias=True), False),
@@ -84,17 +67,17 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_log_probs_and_gradients_are_those_of_the_logits(name):
-    assert_same(adapted(*CONFIGS[name]))
+    assert_same(adapted(*CONFIGS[name]), INPUTS, LABELS)
 
 
 def test_several_adapters_their_biases_and_the_one_that_is_off():
     model = adapted(LoraConfig(**LORA, target_modules=["lm_head"], lora_bias=True))
     model.add_adapter("second", LoraConfig(r=3, lora_alpha=7, target_modules=["lm_head"], init_lora_weights=False))
-    assert_same(moved(model))
+    assert_same(moved(model), INPUTS, LABELS)
     model.base_model.set_adapter(["default", "second"])
-    assert_same(model)
+    assert_same(model, INPUTS, LABELS)
     model.set_adapter("second")
-    assert_same(model)
+    assert_same(model, INPUTS, LABELS)
     with model.disable_adapter(), torch.no_grad():
         expected = sequence_logps(model(input_ids=IDS).logits, LABELS)
         with fused_head(model):
@@ -165,4 +148,4 @@ def test_tensor_subclasses_are_refused():
 def test_a_head_inside_a_sequential():
     model = tiny.llama()
     model.lm_head = torch.nn.Sequential(torch.nn.LayerNorm(32), model.lm_head)
-    assert_same(model)
+    assert_same(model, INPUTS, LABELS)

@@ -24,6 +24,7 @@ from napo_loss import (
 from napo_loss.objective import loss as objective
 from napo_loss.objective.eager import dynamic_weights
 from napo_loss.objective.recipes import METHODS, defaults
+from ranks import objective_is
 
 seeds = st.integers(0, 2**31)
 NAMES = list(RELEASED.named)
@@ -208,14 +209,11 @@ def recipe_on_ranks(group, method, seed, fused):
     dtype = torch.float32 if fused else torch.float64
     policy, reference, lengths = (x[:, mine].detach().to(dtype) for x in (policy, reference, lengths))
     policy.requires_grad_()
-    original, objective._can_fuse = objective._can_fuse, lambda *_: fused
-    try:
+    with objective_is(fused):
         out = napo_loss(
             *given_by_name(policy, reference, lengths), beta=BETA, recipe=METHODS[method], process_group=group
         )
         (grad,) = torch.autograd.grad(out.losses.sum(), policy)
-    finally:
-        objective._can_fuse = original
     close = {"rtol": 1e-4, "atol": 1e-5} if fused else {"rtol": 1e-7, "atol": 1e-10}
     expected, expected_grad = expected[mine], expected_grad[:, mine]
     pairs = (out.losses, expected), (grad, expected_grad), (out.q, q), (out.weights, weights)

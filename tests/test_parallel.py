@@ -2,7 +2,6 @@
 
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,8 +24,7 @@ from napo_loss import (
     noise_level,
     sequence_logps,
 )
-from napo_loss.objective import loss as objective
-from ranks import Wire, examples
+from ranks import Wire, examples, objective_is
 
 seeds = st.integers(0, 2**31)
 RECIPES = [
@@ -58,16 +56,6 @@ def expected_settings(margins, recipe):
     gain = mean.clamp_min(0) + 0.05
     weights = (gain / gain.sum()).clamp_min(0.01) if recipe.weights == "dynamic" else torch.ones_like(mean)
     return torch.stack([mean, square]).float(), q.float(), weights.float()
-
-
-@contextmanager
-def objective_is(fused):
-    """The objective as a kernel, interpreted here, or in tensor operations; these processes outlive a test."""
-    original, objective._can_fuse = objective._can_fuse, lambda *_: fused
-    try:
-        yield
-    finally:
-        objective._can_fuse = original
 
 
 def check_q(group, seed, K, counts, fused):

@@ -26,7 +26,7 @@ class AnswerCache:
 
     def read(self) -> list[str]:
         """The answers that are there, of whole batches where they were sampled; a complete file is only read."""
-        return [answer for _, answer in self._lines()[1]]
+        return self._lines()[1]
 
     @contextmanager
     def writer(self) -> Iterator[tuple[list[str], Callable[[Sequence[str]], None]]]:
@@ -39,8 +39,7 @@ class AnswerCache:
         except Timeout as error:
             raise RuntimeError(f"cache_dir: another process is writing {self.path}") from error
         with lock:
-            size, found = self._lines()
-            answers = [answer for _, answer in found]
+            size, answers = self._lines()
             with self.path.open("ab") as file:  # cut, not written anew: a second kill must not lose the first part
                 file.truncate(size)
                 if size == 0:
@@ -54,8 +53,8 @@ class AnswerCache:
 
                 yield answers, append
 
-    def _lines(self) -> tuple[int, list[tuple[int, str]]]:
-        """Bytes of the lines that stay, and what these say."""
+    def _lines(self) -> tuple[int, list[str]]:
+        """Bytes of the lines that stay, and the answers in them."""
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
@@ -83,7 +82,7 @@ class AnswerCache:
         done = len(parsed) - 1
         if done < self.total:
             done -= done % self.whole
-        return sum(map(len, lines[: 1 + done])), parsed[1 : 1 + done]
+        return sum(map(len, lines[: 1 + done])), [answer for _, answer in parsed[1 : 1 + done]]
 
     def _parse(self, number: int, line: bytes) -> Any:
         try:

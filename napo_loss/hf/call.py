@@ -27,6 +27,7 @@ class FusedCall:
     labels: Tensor  # [N, T]
     token_weights: Tensor | None = None  # [N, T]
     cu_seqlens: Tensor | None = None
+    probes: bool = False  # asks what the model does to its logits, not for log-probs
     hidden: Tensor | None = None  # [N, T, D]; longer where virtual tokens come first
     shown: Tensor | None = None  # [V]: the ramp
     logps: SequenceLogps | None = None

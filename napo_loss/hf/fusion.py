@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-import warnings
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ from napo_loss.checks import is_dtensor
 from napo_loss.hf.call import FusedCall, Join, Take
 from napo_loss.hf.processing import Processing, check, ramp, solve
 from napo_loss.hf.projection import Projection, loaded, projections
-from napo_loss.hf.wrappers import caller, unwrap
+from napo_loss.hf.wrappers import caller, is_encoder_decoder, no_checkpoint_warning, unwrap
 from napo_loss.logps.linear import linear_sequence_logps
 from napo_loss.parallel.shards import as_replicated
 from napo_loss.types import LowRank, SequenceLogps
@@ -49,8 +50,7 @@ class Fusion:
                 f"fused_head needs a transformers model whose output embeddings are a linear layer, got "
                 f"{self.name} with {type(head).__name__}"
             )
-        config = getattr(self.inner, "config", None)
-        if any(getattr(c, "is_encoder_decoder", False) for c in (config, getattr(config, "text_config", None))):
+        if is_encoder_decoder(self.inner):
             raise NotImplementedError(
                 f"fused_head is for causal models, and {self.name} is an encoder-decoder, whose labels are not "
                 "shifted: use sequence_logps(model(**inputs).logits, labels, shift=False)"
@@ -78,14 +78,10 @@ class Fusion:
         """The call that this thread is in."""
         return getattr(self.calls, "now", None) if self.active else None
 
-    @property
-    def probing(self) -> bool:
-        return getattr(self.calls, "probing", False)
-
     @torch.compiler.disable
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Takes from the call what is not the model's, its labels above all: it would compute a loss of all logits."""
-        if not self.active or self.probing:
+        if not self.active or (self.call is not None and self.call.probes):
             return None
         self.calls.now = None
         if kwargs.get("labels") is None:
@@ -94,7 +90,7 @@ class Fusion:
         call = FusedCall(given.pop("labels"), given.pop("token_weights", None), given.get("cu_seq_lens_q"))
         for unused in ("logits_to_keep", "num_items_in_batch", "return_dict"):
             given.pop(unused, None)
-        if "use_cache" in inspect.signature(type(self.inner).forward).parameters:
+        if _takes_use_cache(type(self.inner)):
             given["use_cache"] = False
         if self.inner not in _PROCESSING:
             self._read_off(module, args, given, call)
@@ -103,20 +99,16 @@ class Fusion:
 
     def _read_off(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], call: FusedCall) -> None:
         """Runs the model with a ramp for its logits; of a compiled model, what was compiled."""
-        self.calls.now, self.calls.probing = call, True
+        probe = self.calls.now = replace(call, probes=True)
         devices = {p.device for p in self.inner.parameters() if p.device.type == "cuda"}
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
-                # Reentrant checkpointing warns where nothing asks for a gradient.
-                warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+            with torch.no_grad(), torch.random.fork_rng(devices), no_checkpoint_warning():
                 output = getattr(module, "_orig_mod", module)(*args, **kwargs)
         finally:
-            self.calls.now, self.calls.probing = None, False
-        self._check_called(call)
-        assert call.shown is not None
-        shown = call.shown.full_tensor() if is_dtensor(call.shown) else call.shown
-        _PROCESSING[self.inner] = solve(shown, _logits(output, self.name), self.inner.config, self.name)
-        call.hidden = call.shown = None
+            self.calls.now = None
+        self._check_called(probe)
+        assert probe.shown is not None
+        _PROCESSING[self.inner] = solve(probe.shown, _logits(output, self.name), self.inner.config, self.name)
 
     @torch.compiler.disable
     def shrink(self, layer: nn.Module, args: tuple):
@@ -141,7 +133,7 @@ class Fusion:
         call = self.call
         if call is None:
             return None
-        if self.probing:
+        if call.probes:
             shown = call.shown = ramp(output.shape[-1], output)
             return shown.expand(output.shape).clone()  # some write into their logits, and shown must stay as it was
         processing = _PROCESSING[self.inner]
@@ -178,7 +170,7 @@ class Fusion:
     def leave(self, module: nn.Module, args: tuple, output: Any):
         """Puts the log-probs in the place of the model's output, whose one position verifies them."""
         call = self.call
-        if call is None or self.probing:
+        if call is None or call.probes:
             return None
         self.calls.now = None
         if output is None:  # an error is on its way
@@ -212,6 +204,11 @@ def _logits(output: Any, name: str) -> Tensor:
     if not isinstance(logits, Tensor):
         raise NotImplementedError(f"fused_head: {name} returns no logits, but a {type(output).__name__}")
     return logits
+
+
+@lru_cache
+def _takes_use_cache(model: type) -> bool:
+    return "use_cache" in inspect.signature(model.forward).parameters
 
 
 def _inert() -> Fusion:

@@ -36,7 +36,7 @@ class Projection(NamedTuple):
         _check_plain(base, base.weight)
         if layer.disable_adapters or layer.merged or not layer.active_adapters:
             return cls(base.weight, base.bias)
-        if type(layer).__name__ == "TrainableTokensLayer":
+        if _has_trainable_tokens(layer):
             # PEFT leaves the bias out there; the verification tells where that matters.
             return cls(layer.get_merged_weights(layer.active_adapters), None)
         if not _is_plain_lora(layer):
@@ -104,6 +104,12 @@ def _check_plain(layer: nn.Module, weight: Tensor) -> None:
             f"weight, got {type(layer).__name__} with a {type(weight).__name__} of {weight.dtype}: keep the head out "
             "of the quantisation"
         )
+
+
+def _has_trainable_tokens(layer: Any) -> bool:
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    return isinstance(layer, TrainableTokensLayer)
 
 
 def _is_plain_lora(layer: Any) -> bool:

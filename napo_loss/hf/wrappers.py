@@ -1,8 +1,10 @@
-"""Models and what wraps them."""
+"""Models, what wraps them, and what is asked of them."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -38,3 +40,17 @@ def caller(model: nn.Module) -> Any:
         if hasattr(module, "_orig_mod") or hasattr(module, "get_base_model") or not hasattr(module, "module"):
             return module
     return model
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether labels are not shifted: of the model, or of the language model inside it."""
+    config = getattr(model, "config", None)
+    return any(getattr(c, "is_encoder_decoder", False) for c in (config, getattr(config, "text_config", None)))
+
+
+@contextmanager
+def no_checkpoint_warning() -> Iterator[None]:
+    """Reentrant checkpointing warns where nothing asks for a gradient."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+        yield

@@ -129,12 +129,16 @@ class NaPOLoss(SharesGroup, nn.Module):
         self._keep(torch.stack(found[:2]))
         return found
 
+    @property
+    def _smooths(self) -> bool:
+        return self.training and self.recipe.decay > 0
+
     def _previous(self) -> Tensor | None:
         """The moments of the step before, where this one is to be smoothed with them."""
-        return self.previous_moments if self.training and self.recipe.decay > 0 else None
+        return self.previous_moments if self._smooths else None
 
     def _keep(self, moments: Tensor) -> None:
-        if self.training and self.recipe.decay > 0:
+        if self._smooths:
             self.previous_moments = moments
 
     def extra_repr(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -193,8 +194,8 @@ def tokenize_negative(
         kwargs = {}
         negative += "" if negative.endswith(eos_token) else eos_token
     ids = tokens_of(processing_class, prompt + negative, kwargs)
-    start = next((t for t, (a, b) in enumerate(zip(example["prompt_ids"], ids, strict=False)) if a != b), None)
-    start = min(len(example["prompt_ids"]), len(ids)) if start is None else start
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(example["prompt_ids"], ids, strict=False))
+    start = sum(1 for _ in shared)
     moved = example["prompt_ids"][start:]
     longer = {f"{other}_ids": moved + example[f"{other}_ids"] for other in others}
     return {**longer, "prompt_ids": example["prompt_ids"][:start], f"{name}_ids": ids[start:]}

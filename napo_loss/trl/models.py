@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,12 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.dpo_config import DPOConfig
 
+from napo_loss.hf.wrappers import is_encoder_decoder, no_checkpoint_warning
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def refuse_encoder_decoder(model: Any) -> None:
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         raise TypeError(
             f"NaPOTrainer trains decoder-only models; {type(model).__name__} is an encoder-decoder, whose labels are "
             "not shifted: call napo_loss on sequence_logps(logits, labels, shift=False) in a loop of your own"
@@ -58,9 +58,7 @@ def twin(model: Model) -> Model:
 @contextmanager
 def as_reference(model: Any) -> Iterator[None]:
     """Inside, a PEFT model is its own reference: its pretrained adapter as it started, or none. Others stay."""
-    with warnings.catch_warnings():
-        # Reentrant checkpointing warns where nothing asks for a gradient.
-        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+    with no_checkpoint_warning():
         if not is_peft_model(model):
             yield
         elif "ref" in model.peft_config:  # TRL's copy of a pretrained adapter

@@ -25,9 +25,8 @@ class OneHead(DPOTrainer):
         """Log-probs ``[N]`` of a batch: of the policy and of the reference alike, in the same contexts."""
         given = {key: x for key, x in inputs.items() if key not in NOT_OF_THE_MODEL}
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        options = {"token_statistics": True} if tokens else {}
         router_logits = {"output_router_logits": True} if router else {}
-        with self.accelerator.autocast(), fused_head(model, **options):
+        with self.accelerator.autocast(), fused_head(model, token_statistics=tokens):
             return model(**given, **router_logits, labels=labels)
 
     @torch.no_grad()
