@@ -345,7 +345,7 @@ def test_the_trainer_takes_what_was_read(saved, read, tmp_path):
     assert batch["input_ids"].shape[0] == batch["pixel_values"].shape[0] == 4 * 3
     order = [NAMES.index(name) for name in ("chosen", *names)]
     expected = [[entries(i)[3 * k] for i in range(3)] for k in order]
-    np.testing.assert_allclose(batch["reference_logps"].numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(batch["reference_logps"].logps.view(4, 3).numpy(), expected, rtol=1e-6)
 
     for own, moved in ((None, False), (collator, True)):
         args = NaPOConfig(
@@ -372,7 +372,7 @@ def test_from_rlaif_v_to_a_file_for_the_released_code(saved, read, tmp_path):
     frame = pd.read_parquet(tmp_path / "train.parquet")
     for kind in ("question_only", "image_only"):
         answers = (tmp_path / f"bias/{kind}.jsonl").read_text().splitlines()[1:]
-        assert list(frame[kind]) == [json.loads(line) for line in answers]
+        assert [[row, answer] for row, answer in enumerate(frame[kind])] == [json.loads(line) for line in answers]
     assert list(frame["question"]) == list(released()["question"])
     assert [x["bytes"] for x in frame["image"]] == [x["bytes"] for x in released()["image"]]
 
