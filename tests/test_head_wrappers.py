@@ -112,7 +112,9 @@ def test_a_checkpoint_around_the_whole_model(reentrant):
         assert_right(logps, model)
 
 
-def test_accelerate_autocast_stays():
+def test_accelerate_autocast_stays(monkeypatch):
+    # Its settings are one object for the process, which trainers of other tests have made already.
+    monkeypatch.setattr(accelerate.state.AcceleratorState, "_shared_state", {})
     model, seen = tiny.llama(), []
     model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     model = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
