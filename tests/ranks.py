@@ -13,9 +13,10 @@ from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
-from hypothesis import Phase, settings
+from hypothesis import Phase
 from torch.distributed.tensor.debug import CommDebugMode
 
+import draws
 from napo_loss.objective import loss as objective
 
 NEVER = timedelta(days=1)
@@ -24,7 +25,7 @@ NEVER = timedelta(days=1)
 
 def examples(count: int):
     """Settings of hypothesis for tests of ranks: a failing example costs a new set of processes, so none is shrunk."""
-    return settings(max_examples=count, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+    return draws.examples(count, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 @contextmanager

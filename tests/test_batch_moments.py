@@ -156,6 +156,7 @@ def check_ranks(group, seed, counts, dynamic):
     return moments
 
 
+@pytest.mark.slow
 @examples(15)
 @given(st.integers(0, 2**31), st.lists(st.integers(0, 4), min_size=2, max_size=3).filter(any), st.booleans())
 def test_over_ranks_too(ranks, seed, counts, dynamic):

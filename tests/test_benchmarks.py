@@ -44,14 +44,21 @@ def given(provider, *arguments):
         pytest.skip(runner.reason(error))
 
 
-@pytest.mark.parametrize("name", linear_providers.PROVIDERS)
+COMPILED = "torch.compile", "Liger, compiled"
+
+
+def slow_if(slow, names):
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+@pytest.mark.parametrize("name", slow_if(COMPILED, linear_providers.PROVIDERS))
 def test_linear_providers_agree(name):
     sets, labels = linear.make_inputs(TINY, "float32", 1), logits.make_labels(TINY, 0.5)
     results = [given(linear.start(provider, sets, labels, "trained")) for provider in ("eager", name)]
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", logits.PROVIDERS)
+@pytest.mark.parametrize("name", slow_if(COMPILED, logits.PROVIDERS))
 def test_logits_providers_agree(name):
     x = torch.randn(TINY.N, TINY.T, TINY.V).to(measure.DEVICE)
     labels = logits.make_labels(TINY, 0.5)
@@ -61,7 +68,7 @@ def test_logits_providers_agree(name):
     torch.testing.assert_close(*steps, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", objective.PROVIDERS)
+@pytest.mark.parametrize("name", slow_if(COMPILED, objective.PROVIDERS))
 @pytest.mark.parametrize("K", [1, 3])
 def test_objective_providers_agree(name, K):
     results = [objective.step(objective.PROVIDERS[p], objective.make_inputs(5, K)) for p in ("eager", name)]
@@ -83,6 +90,7 @@ def batch_loss(name, folder):
     return trainer.compute_loss(trainer.model, batch).detach()
 
 
+@pytest.mark.slow
 def test_ligers_step_computes_the_loss_of_dpo(tmp_path):
     pytest.importorskip("liger_kernel")
     plain, liger = (batch_loss(name, tmp_path / name) for name in (end_to_end.TRL, end_to_end.LIGER))
@@ -133,6 +141,7 @@ def fails():
     raise ValueError("no such luck\nand more")
 
 
+@pytest.mark.slow
 def test_a_failure_in_a_fresh_process_is_raised_here():
     with pytest.raises(ValueError, match="no such luck"):
         measure.in_fresh_process(fails)
@@ -270,7 +279,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads the peak memory from Linux's /proc")
-@pytest.mark.parametrize("suite", runner.SHARES)
+@pytest.mark.parametrize("suite", slow_if(["end_to_end", "linear", "logits"], runner.SHARES))
 def test_a_quick_run_of_each_suite(suite, folder, rates):
     rows = suites.run_suites([suite], quick=True)
     stem = folder / machine.file_stem()

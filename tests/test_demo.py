@@ -12,7 +12,8 @@ for package in ("trl", "sklearn", "matplotlib"):
     pytest.importorskip(package)
 
 
-@pytest.mark.parametrize("seeds", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [1, 2])
 def test_quick_demo(seeds, tmp_path):
     command = [sys.executable, ROOT / "examples/demo.py", "--quick", "--seeds", seeds, "--out", tmp_path]
     run = processes.run(command, cwd=tmp_path)
@@ -30,6 +31,7 @@ def test_quick_demo(seeds, tmp_path):
         assert all(0 < point["image_only"] <= 1 and point["rejected"] == 0 for point in q)
 
 
+@pytest.mark.slow
 def test_results_in_the_repository_are_of_this_demo():
     """Settings that change without a new run would leave the table of docs/demo.md behind."""
     results = ROOT / "examples/results/demo.json"

@@ -253,6 +253,7 @@ def check_cast(group):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_fsdp2_does_not_round_the_sums(two_ranks):
     two_ranks.run(2, check_cast)
 
@@ -279,6 +280,7 @@ def check_peft(group):
             torch.testing.assert_close(grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_fsdp2_around_peft_with_lora_on_the_head(two_ranks):
     two_ranks.run(2, check_peft)
 

@@ -62,8 +62,10 @@ graph_breaks = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tenso
 
 
 @graph_breaks
-@pytest.mark.parametrize("compiled", [outside, in_place, by_region])
-@pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.parametrize(
+    "compiled", [*(pytest.param(x, marks=pytest.mark.slow) for x in (outside, in_place)), by_region]
+)
+@pytest.mark.parametrize("used_before", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_models(compiled, used_before):
     torch.compiler.reset()
     model = compiled(tiny.llama())

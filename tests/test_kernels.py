@@ -4,10 +4,11 @@ import sys
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import processes
+from draws import examples
 from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, sequence_logps
 from napo_loss.kernels.launch import MAX_BLOCK_V, logits_launch
 from napo_loss.logps import ops as logps_ops
@@ -29,7 +30,7 @@ def run_objective(monkeypatch, fused, dtype, pc, pr, refs, lengths, **kwargs):
     return [*out, out.q, out.weights, *out.moments, pc.grad, pr.grad]
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     seed=st.integers(0, 2**31), K=st.sampled_from([None, 1, 3, 5]), B=st.sampled_from([1, 4, 37, 1500]),
     has_reference=st.booleans(), average=st.booleans(), dynamic=st.booleans(), smooth=st.booleans(),
@@ -169,7 +170,7 @@ def test_split_rows_give_the_same_sums():
     torch.testing.assert_close(kernel, plain, rtol=1e-6, atol=1e-6)
 
 
-QUICK, REST = ["sm_90", "gfx942"], ["sm_80", "sm_100", "sm_120", "gfx90a", "gfx950"]
+QUICK, REST = ["sm_90"], ["gfx942", "sm_80", "sm_100", "sm_120", "gfx90a", "gfx950"]
 
 
 @pytest.mark.parametrize("targets", [QUICK, pytest.param(REST, marks=pytest.mark.slow)], ids=["quick", "rest"])

@@ -22,6 +22,7 @@ from napo_loss.trl import STATE_FILE
 from trainers import NAMES
 
 pytestmark = [
+    pytest.mark.slow,  # in `make test`, tests of ranks and of the trainer stand for it
     # transformers 5.23 warns about names that TRL 1.16 still uses.
     pytest.mark.filterwarnings("ignore:.*(is_)?gradient_checkpointing.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*use_cpu.*:FutureWarning"),
@@ -131,8 +132,8 @@ def assert_variants_are_the_same(how, results, expected, *, gradients=True):
     ("ranks", "flags", "hows"),
     [
         pytest.param(2, ["--multi_gpu"], ["ddp"], id="2-ddp"),
-        pytest.param(2, FSDP2, ["fsdp2"], id="2-fsdp2", marks=pytest.mark.slow),
-        pytest.param(4, FSDP2, ["ddp", "fsdp2"], id="4-both", marks=pytest.mark.slow),
+        pytest.param(2, FSDP2, ["fsdp2"], id="2-fsdp2"),
+        pytest.param(4, FSDP2, ["ddp", "fsdp2"], id="4-both"),
     ],
 )
 def test_ranks_train_as_one_process(ranks, flags, hows, folder, expected):
@@ -148,7 +149,6 @@ def test_ranks_train_as_one_process(ranks, flags, hows, folder, expected):
         assert all(torch.equal(saved[name], weight) for name, weight in results["kept"]["weights"].items())
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not (find_spec("deepspeed") and shutil.which("g++") and Path(get_path("include"), "Python.h").exists()),
     reason="needs DeepSpeed, and g++ with Python's headers for what it compiles",
@@ -171,7 +171,6 @@ def test_deepspeed_trains_as_one_process(stage, folder, expected):
             close(results["head"]["gradients"][name], p.grad, name)
 
 
-@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_job(folder):
     done = launch(folder, 2, ["--multi_gpu"], "fails")
     assert done.returncode != 0

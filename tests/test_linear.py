@@ -4,11 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
+from draws import examples
 from napo_loss import LowRank, linear_sequence_logps, reference, sequence_logps
 from napo_loss.logps import factored, gemm, linear_ops
 from napo_loss.logps.calls import LinearCall
@@ -62,7 +63,7 @@ def assert_matches(tensors, labels, upstream, token_weights=None, backend="eager
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@settings(max_examples=25)
+@examples(25)
 @given(
     seeds, st.integers(1, 3), st.integers(1, 7), st.integers(1, 9), st.sampled_from([1, 2, 15, 16, 37, 1000, 5003]),
     st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.sampled_from([None, 2.0, 30.0]),
@@ -170,7 +171,7 @@ def test_nothing_active(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("budget", [4000, 2**30])
+@pytest.mark.parametrize("budget", [pytest.param(4000, marks=pytest.mark.slow), 2**30])
 def test_runs_are_bit_identical(backend, budget):
     args = example(6, 4, 8, 16, 500, dtype=torch.bfloat16)
     runs = [
@@ -247,7 +248,7 @@ def pack(x, lengths):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=25)
+@examples(25)
 @given(seeds, st.lists(st.integers(0, 6), min_size=1, max_size=4), st.booleans(), st.booleans())
 def test_packed_is_padded(backend, seed, lengths, shift, weighted):
     if not sum(lengths):
@@ -290,7 +291,7 @@ def test_wrong_offsets_on_a_gpu_are_nan(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("budget", [3000, 2**30])
+@pytest.mark.parametrize("budget", [3000, pytest.param(2**30, marks=pytest.mark.slow)])
 def test_opcheck(backend, budget):
     tensors, labels, _, _ = example(12)
     hidden = tensors.pop("hidden").requires_grad_()

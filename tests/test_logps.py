@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+from draws import examples
 from napo_loss import reference, sequence_logps
 from napo_loss.logps import eager
 
@@ -50,7 +51,7 @@ def assert_matches(logits, labels, upstream, *, backend, token_weights=None, shi
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=25)
+@examples(25)
 @given(
     seeds, st.integers(1, 4), st.integers(1, 7), st.sampled_from([1, 2, 3, 15, 16, 17, 1000, 4096, 5003, 9001]),
     st.booleans(), st.booleans(), st.sampled_from([0.0, 0.4, 0.9, 1.0]),
@@ -114,7 +115,7 @@ def test_a_fully_masked_sequence_counts_nothing(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(seeds, st.floats(-50, 50))
-@settings(max_examples=15)
+@examples(15)
 def test_a_constant_added_to_a_row_changes_nothing(backend, seed, constant):
     logits, labels, _, upstream = example(seed, 2, 4, 30)
     moved = run(sequence_logps, logits + constant, labels, upstream, backend=backend)
@@ -124,7 +125,7 @@ def test_a_constant_added_to_a_row_changes_nothing(backend, seed, constant):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(seeds, st.integers(0, 4))
-@settings(max_examples=15)
+@examples(15)
 def test_padding_and_order_change_nothing(backend, seed, pad):
     logits, labels, weights, upstream = example(seed, 3, 5, 21)
     base = run(sequence_logps, logits, labels, upstream, backend=backend, token_weights=weights)

@@ -221,9 +221,9 @@ def recipe_on_ranks(group, method, seed, fused):
         torch.testing.assert_close(ours.double(), theirs.detach(), **close)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("W", [2, 4])
+@pytest.mark.parametrize("W", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_recipes_on_ranks_are_those_of_one_process(ranks, W, method, fused):
     for seed in range(3):
         ranks.run(W, recipe_on_ranks, method, seed, fused)

@@ -127,7 +127,7 @@ def of_floats():
     }
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", of_floats())
 def test_a_second_float_compiles_too(name, fused, monkeypatch):
     """The first is a constant to torch.compile, from the second on a symbol: checks must take one for a number."""

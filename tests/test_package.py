@@ -161,8 +161,9 @@ def test_an_installed_package_imports_its_kernels(built, kind, link, tmp_path, r
     assert outside(python(PLACES, executable, cwd=tmp_path), tmp_path / "env") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", [True, False])
-@pytest.mark.parametrize("mode", ["lenient", pytest.param("compat", marks=slow), pytest.param("strict", marks=slow)])
+@pytest.mark.parametrize("mode", ["lenient", "compat", "strict"])
 def test_an_editable_install_imports_its_kernels(mode, link, tmp_path, request):
     """With the link and without. Strict mode links file by file, from a folder of its own inside the source."""
     folder = request.getfixturevalue("source" if link else "unlinked")

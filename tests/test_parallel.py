@@ -316,7 +316,7 @@ def fails(rank, folder, how):
     Path(folder, f"{rank} noticed nothing").touch()
 
 
-@pytest.mark.parametrize("how", ["dies", "another K"])
+@pytest.mark.parametrize("how", [pytest.param("dies", marks=pytest.mark.slow), "another K"])
 def test_a_rank_that_dies_or_disagrees_is_an_error_and_no_hang(how, tmp_path):
     with pytest.raises((torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException)):
         torch.multiprocessing.spawn(fails, (str(tmp_path), how), nprocs=2)
