@@ -52,7 +52,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [x if x == "bf16" else pytest.param(x, marks=pytest.mark.slow) for x in DTYPES])
+@pytest.mark.parametrize("dtype", [x if x == "bfloat16" else pytest.param(x, marks=pytest.mark.slow) for x in DTYPES])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rewards_before_the_first_step_are_zero(variant, dtype, tmp_path):
     options = {**VARIANTS[variant], **DTYPES[dtype], "max_steps": 1}
