@@ -1,10 +1,10 @@
-"""What can be known of the kernels without a GPU: registers, spills, access widths on every target, and bytes moved.
+"""What can be known of the kernels without a GPU: what their machine code says on every target, and bytes moved.
 
     python -m benchmarks static [--check [--targets sm_90 …]]
 
 writes ``results/static.csv`` and ``results/traffic.csv``. With ``--check`` nothing is written; what was committed is
-the bound: a kernel that spills, loads or stores in narrower pieces, or moves more bytes, fails. ``--targets`` compiles
-for some of them only.
+the bound: a kernel that spills, loads or stores in narrower pieces, takes more instructions or barriers, or moves more
+bytes, fails. ``--targets`` compiles for some of them only.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ import csv
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import triton
 
-from benchmarks.compiled import TARGETS, Report, compile_all
+from benchmarks.compiled import TARGETS, Code, Report, compile_all
 from benchmarks.traffic import Traffic
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MOST = 1.1
 """Bytes moved from logits to gradient, at most, over those that have to be: (2c + 1)·L."""
+DRIFT = 1.03
+"""Instructions per element, at most, over those committed: another version of the compiler may take a few others."""
 
 
 def run_static(*, check: bool, targets: Sequence[str] = tuple(TARGETS)) -> int:
@@ -33,23 +35,23 @@ def run_static(*, check: bool, targets: Sequence[str] = tuple(TARGETS)) -> int:
     with ThreadPoolExecutor() as beside:
         counted = beside.submit(count_traffic)
         found, moved = compile_all(targets), counted.result()
-    for row in (Report._fields, *found):
-        print(("{:22} {:34} {:8}" + " {:>11}" * 5).format(*map(str, row)))
+    print("registers spills shared load store | instructions, MUFU per element, barriers | share of a copy, at most")
+    for r in found:
+        print("{:22} {:34} {:8}".format(*r[:3]) + (" {:>6}" * len(Code._fields)).format(*r.row()[3:]))
     for row in moved:
         print(f"{row.case:44} read {row.read:>10}  written {row.written:>10}  floor {row.floor:>10}  {row.ratio:.4f}")
-    committed = {tuple(line[:3]): line for line in _read("static.csv")}
-    moved_before = {line[0]: sum(map(int, line[1:3])) for line in _read("traffic.csv")}
     bad = [f"{r.kernel} ({r.case}) on {r.target}: {fault}" for r in found if (fault := faults(r))]
     bad += [f"{r.case}: moves {r.ratio:.3f} times its floor" for r in moved if too_much(r)]
     if check:
+        committed = {r[:3]: r.code for r in map(Report.from_row, _read("static.csv"))}
+        moved_before = {line["case"]: int(line["read"]) + int(line["written"]) for line in _read("traffic.csv")}
         worse, notes = compare_compiled(found, committed)
         more, further = compare_traffic(moved, moved_before)
         bad += worse + more
         print(*notes, *further, sep="\n")
     print(f"{len(found)} kernels compiled by triton {triton.__version__}", *bad, sep="\n")
     if not check:
-        header = [*Report._fields, "triton"]
-        _write("static.csv", header, [[*r, triton.__version__] for r in found])
+        _write("static.csv", [*Report.columns(), "triton"], [[*r.row(), triton.__version__] for r in found])
         _write("traffic.csv", [*Traffic._fields, "ratio"], [[*r, f"{r.ratio:.4f}"] for r in moved])
     return 1 if bad else 0
 
@@ -65,15 +67,16 @@ def count_traffic() -> list[Traffic]:
 
 def faults(report: Report) -> str | None:
     """What must never happen: a spill, or aligned logits read or written in less than 16 bytes a lane."""
-    if report.spills:
-        return f"{report.spills} spilled"
-    wide = report.kernel.startswith(("logps_forward", "logps_backward")) and report.case.endswith(("50257", "128256"))
+    code, case = report.code, report.case
+    if code.spills:
+        return f"{code.spills} spilled"
+    wide = report.kernel.startswith(("logps_forward", "logps_backward")) and case.endswith(("50257", "128256"))
     # The linear path reads what torch.mm wrote, whose rows are aligned where V is a multiple of 16.
-    wide |= report.kernel.startswith(("linear_rows", "linear_block")) and report.case.endswith("128256")
-    if wide and report.load_bytes < 16:
-        return f"loads {report.load_bytes} bytes at a time"
-    if wide and not report.kernel.startswith("logps_forward") and report.store_bytes < 16:
-        return f"stores {report.store_bytes} bytes at a time"
+    wide |= report.kernel.startswith(("linear_rows", "linear_block")) and case.endswith("128256")
+    if wide and code.load_bytes < 16:
+        return f"loads {code.load_bytes} bytes at a time"
+    if wide and not report.kernel.startswith("logps_forward") and code.store_bytes < 16:
+        return f"stores {code.store_bytes} bytes at a time"
     return None
 
 
@@ -81,24 +84,25 @@ def too_much(traffic: Traffic) -> bool:
     return traffic.case.startswith("from logits") and traffic.ratio > MOST
 
 
-def compare_compiled(found: Sequence[Report], committed: dict[tuple, list[str]]) -> tuple[list[str], list[str]]:
+def compare_compiled(found: Sequence[Report], committed: Mapping[tuple, Code]) -> tuple[list[str], list[str]]:
     """What got worse, which fails, and what merely moved: registers drift with every version of the compiler."""
     worse, notes, drifted = [], [], 0
     for r in found:
-        before = committed.get((r.kernel, r.case, r.target))
+        then, now = committed.get(r[:3]), r.code
         where = f"{r.kernel} ({r.case}) on {r.target}"
-        if before is None:
+        if then is None:
             notes.append(f"{where}: new; run `python -m benchmarks static`")
             continue
-        then = Report(before[0], before[1], before[2], *(int(x) for x in before[3:8]))
-        worse += [
-            f"{where}: {name} {getattr(then, name)} -> {getattr(r, name)} bytes a lane"
-            for name in ("load_bytes", "store_bytes")
-            if getattr(r, name) < getattr(then, name)
-        ]
-        if r.spills > then.spills:
-            worse.append(f"{where}: spills {then.spills} -> {r.spills}")
-        drifted += (r.registers, r.shared) != (then.registers, then.shared)
+        got_worse = {
+            "load_bytes": now.load_bytes < then.load_bytes,
+            "store_bytes": now.store_bytes < then.store_bytes,
+            "spills": now.spills > then.spills,
+            "barriers_per_iteration": (now.barriers_per_iteration or 0) > (then.barriers_per_iteration or 0),
+            "instructions_per_element": (now.instructions_per_element or 0)
+            > DRIFT * (then.instructions_per_element or 0) + 0.01,
+        }
+        worse += [f"{where}: {x} {getattr(then, x)} -> {getattr(now, x)}" for x, bad in got_worse.items() if bad]
+        drifted += (now.registers, now.shared) != (then.registers, then.shared)
     if drifted:
         notes.append(f"{drifted} of {len(found)}: other registers or shared memory than committed, which is no fault")
     return worse, notes
@@ -115,13 +119,13 @@ def compare_traffic(found: Sequence[Traffic], committed: dict[str, int]) -> tupl
     return worse, notes
 
 
-def _read(name: str) -> list[list[str]]:
-    """The lines of a committed table, without its header."""
+def _read(name: str) -> list[dict[str, str]]:
+    """The lines of a committed table."""
     path = RESULTS / name
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.reader(file))[1:]
+        return list(csv.DictReader(file))
 
 
 def _write(name: str, header: Sequence[str], rows: Sequence[Sequence]) -> None:

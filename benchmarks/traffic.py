@@ -90,7 +90,6 @@ def cases() -> Iterator[tuple[str, Callable[[], object], int]]:
     raw, dlogits = torch.zeros(rows, V), torch.empty(rows, V, dtype=torch.bfloat16)
     w, moved = torch.ones(rows), raw.nbytes + dlogits.nbytes
     head = {"bias": None, "logit_scale": 1.0, "softcap": 0.0}
-    # `linear_rows` reads its row twice; a floor with one read counts the second, which a cache may serve, as too much.
     yield "linear_rows, log-probs only", lambda: linear_rows(raw, targets, None, **head), raw.nbytes
     yield "linear_rows, with dlogits", lambda: linear_rows(raw, targets, dlogits, **head), moved
     yield "linear_block", lambda: linear_block(raw, targets, 0, torch.zeros(2, rows), w, dlogits, **head), moved
