@@ -74,12 +74,12 @@ def liger(hidden, weight, labels, compiled: bool):
     return value, torch.cat([chosen, rejected])
 
 
-def cut_cross_entropy(hidden, weight, labels, filter_eps):
+def cut_cross_entropy(hidden, weight, labels, **options):
     from cut_cross_entropy import linear_cross_entropy
 
-    if not GPU:
+    if not GPU and "impl" not in options:
         raise RuntimeError("cut-cross-entropy's kernel needs a GPU")
-    losses = linear_cross_entropy(hidden, weight, labels, shift=True, reduction="none", filter_eps=filter_eps)
+    losses = linear_cross_entropy(hidden, weight, labels, shift=True, reduction="none", **options)
     return dpo(-losses.float().sum(-1))
 
 
@@ -107,6 +107,7 @@ PROVIDERS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] 
     "Liger, compiled": partial(liger, compiled=True),
     "CCE": partial(cut_cross_entropy, filter_eps="high"),
     "CCE, exact": partial(cut_cross_entropy, filter_eps=None),
+    "CCE, compiled": partial(cut_cross_entropy, impl="torch_compile"),  # no kernel: its formula, of active rows
     "torch linear_cross_entropy": torch_linear_cross_entropy,
     "quack": quack,
 }

@@ -8,41 +8,50 @@ from typing import NamedTuple
 import torch
 import triton
 
-# Programs that keep every multiprocessor of a large GPU busy even when 19 rows of 20 are masked and return at
-# once: 132 multiprocessors x 8 resident programs / 0.05 ~ 2e4.
-PROGRAMS = 32768
-MAX_BLOCK_V = 4096
-ELEMENTS_PER_WARP = 512  # 16 per lane of 32: two 16-byte loads of bf16 in flight
+# Few enough that those of masked rows, which return at once, cost less than the rest even when 19 rows of 20 are
+# masked; many enough that the rest keep the multiprocessors of a large GPU busy.
+PROGRAMS = 16384
+BLOCK_BYTES = 4096  # of a row, at a time
+NUM_WARPS = 4  # 32 bytes a lane and block: two 16-byte loads in flight; programs stay small for few active rows
 
 
 class LogitsLaunch(NamedTuple):
-    align: int  # elements to the next 16-byte boundary at most; 1: rows cannot be aligned
+    align: int  # elements of 16 bytes; 1: rows cannot be aligned
     block_v: int
     num_warps: int
     splits: int  # programs that share a row
-    chunk: int  # elements of an aligned row per program, a multiple of block_v
+    chunk: int  # elements of a row per program, a multiple of block_v
 
 
 def logits_launch(rows: int, V: int, itemsize: int, *, aligned: bool) -> LogitsLaunch:
     """Tiles for ``rows`` rows of ``V`` logits of ``itemsize`` bytes each.
 
-    ``aligned`` says that a row is contiguous: then a program starts at the 16-byte boundary before the row, so
-    that loads are 16 bytes wide whatever V is (50257 is odd: without this, two bytes at a time).
+    ``aligned`` says that a row is contiguous: then a program starts at the first 16-byte boundary in the row, so that
+    loads are 16 bytes wide whatever V is (50257 is odd: without this, two bytes at a time).
     """
-    align = 16 // itemsize if aligned else 1
-    width = V + align - 1  # the row may start anywhere inside its first 16 bytes
-    block_v = min(MAX_BLOCK_V, max(16, triton.next_power_of_2(width)))
-    blocks = triton.cdiv(width, block_v)
+    block_v = min(BLOCK_BYTES // itemsize, max(16, triton.next_power_of_2(V)))
+    blocks = triton.cdiv(V, block_v)
     # Two blocks a program at least: starting one costs about as much as a block of work.
     splits = max(1, min(triton.cdiv(blocks, 2), PROGRAMS // max(rows, 1)))
     chunk = triton.cdiv(blocks, splits) * block_v
     return LogitsLaunch(
-        align=align,
+        align=16 // itemsize if aligned else 1,
         block_v=block_v,
-        num_warps=max(1, min(8, block_v // ELEMENTS_PER_WARP)),
-        splits=triton.cdiv(blocks * block_v, chunk),
+        num_warps=max(1, NUM_WARPS * block_v * itemsize // BLOCK_BYTES),
+        splits=triton.cdiv(V, chunk),
         chunk=chunk,
     )
+
+
+def from_boundary(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """``x`` from the 16-byte boundary before its first element, and by how many elements it starts early.
+
+    Triton compiles wide accesses only for pointers at such a boundary. Nothing before ``x`` is touched.
+    """
+    early = x.data_ptr() % 16 // x.element_size()
+    if early == 0 or early > x.storage_offset():  # the latter: memory of somebody else, which starts off a boundary
+        return x, 0
+    return x.as_strided(x.shape, x.stride(), x.storage_offset() - early), early
 
 
 def on_device(x: torch.Tensor):

@@ -6,13 +6,17 @@ import torch
 import triton
 import triton.language as tl
 
-from napo_loss.kernels.launch import ELEMENTS_PER_WARP, on_device
-from napo_loss.kernels.linear_logits import write_dlogits
+from napo_loss.kernels.launch import NUM_WARPS, on_device
+from napo_loss.kernels.linear_logits import load_scaled, write_dlogits, write_label
 
-BLOCK = 2048
+BLOCK_V = 2048
+CHUNK = 4 * BLOCK_V  # columns of a program
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["first"],
+    do_not_specialize_on_alignment=["bias_ptr", "targets_ptr", "normalizer_ptr", "w_ptr"],
+)
 def linear_block_kernel(
     logits_ptr,  # [rows, columns] float32: columns `first` and on of the vocabulary
     bias_ptr,  # [columns] or unused
@@ -28,18 +32,28 @@ def linear_block_kernel(
     logit_scale,
     softcap,
     HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row).to(tl.int64) - first
-    w = tl.load(w_ptr + row)
+    low = tl.program_id(1) * CHUNK
+    high = tl.minimum(low + CHUNK, columns)
+    row_ptr = logits_ptr + row * logits_stride
+    dlogits_row_ptr = dlogits_ptr + row * dlogits_stride
+    factor = tl.load(w_ptr + row) * logit_scale
     peak = tl.load(normalizer_ptr + row)
     log_total = tl.load(normalizer_ptr + normalizer_stride + row)
+    target = tl.load(targets_ptr + row).to(tl.int64) - first
+    mine = (target >= low) & (target < high)
+    hit = load_scaled(row_ptr, bias_ptr, target, mine, logit_scale, HAS_BIAS, SCALED)
+    tl.debug_barrier()  # read by all, before anyone writes
     write_dlogits(
-        logits_ptr + row * logits_stride, dlogits_ptr + row * dlogits_stride, bias_ptr, tl.program_id(1) * BLOCK_V,
-        columns, target, peak, log_total, w, logit_scale, softcap, HAS_BIAS, SOFTCAP, BLOCK_V,
+        row_ptr, bias_ptr, dlogits_row_ptr, low, high, peak, log_total, factor, logit_scale, softcap,
+        HAS_BIAS, SCALED, SOFTCAP, BLOCK_V,
     )  # fmt: skip
+    write_label(dlogits_row_ptr + target, mine, hit, peak, log_total, 1.0, factor, softcap, SOFTCAP)
 
 
 def linear_block(
@@ -56,9 +70,8 @@ def linear_block(
 ) -> None:
     """Writes ``dlogits`` with the weight ``w``; they may be ``logits``."""
     rows, columns = logits.shape
-    block_v = min(BLOCK, max(16, triton.next_power_of_2(columns)))
     with on_device(logits):
-        linear_block_kernel[(rows, triton.cdiv(columns, block_v))](
+        linear_block_kernel[(rows, triton.cdiv(columns, CHUNK))](
             logits,
             logits if bias is None else bias.contiguous(),
             targets,
@@ -73,8 +86,10 @@ def linear_block(
             logit_scale,
             softcap,
             HAS_BIAS=bias is not None,
+            SCALED=logit_scale != 1,
             SOFTCAP=softcap != 0,
-            BLOCK_V=block_v,
-            num_warps=max(1, min(8, block_v // ELEMENTS_PER_WARP)),
+            CHUNK=CHUNK,
+            BLOCK_V=BLOCK_V,
+            num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )

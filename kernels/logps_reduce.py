@@ -1,4 +1,4 @@
-"""Partial logsumexps to sequence log-probs: one program per sequence, always the same order of additions."""
+"""Partial sums of exponentials to sequence log-probs: one program per sequence, always the same order of additions."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ import triton.language as tl
 
 from napo_loss.kernels.launch import on_device
 from napo_loss.kernels.logps_forward import Partials
+from napo_loss.kernels.row import LOG2E
 
-BLOCK_T = 512
+BLOCK_T = {"long": 512, "short": 32}  # positions at a time: two tiles, so that lengths do not compile kernels
+TOGETHER = 8
+"""Programs of a row whose sums are loaded before the first is added: to wait for each takes longer than all else."""
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "labels_stride_n", "labels_stride_t", "weights_stride_n", "weights_stride_t", "T", "rows", "splits", "shift",
+        "ignore_index",
+    ],
+    do_not_specialize_on_alignment=["labels_ptr", "weights_ptr"],
+)  # fmt: skip
 def logps_reduce_kernel(
     peak_ptr,  # [splits, N·T]
     total_ptr,  # [splits, N·T]
@@ -32,6 +41,7 @@ def logps_reduce_kernel(
     shift,
     ignore_index,
     HAS_WEIGHTS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
@@ -44,19 +54,23 @@ def logps_reduce_kernel(
         label = tl.load(label_ptr, mask=label_t < T, other=ignore_index)
         active = label != ignore_index
         row = n * T + t
+        shares = tl.where(active, splits, 0)
+        target = tl.load(target_ptr + row, mask=active, other=0.0)
 
         peak = tl.full([BLOCK_T], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_T], tl.float32)
-        at = row
-        for _ in range(0, splits):
-            part_peak = tl.load(peak_ptr + at, mask=active, other=float("-inf"))
-            part_total = tl.load(total_ptr + at, mask=active, other=0.0)
-            new_peak = tl.maximum(peak, part_peak)
-            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            total = total * tl.exp(peak - base) + part_total * tl.exp(part_peak - base)
-            peak = new_peak
-            at += rows
-        # They stay apart: rounded into one float, the second is lost beside a large common offset of logits.
+        for first in range(0, splits, TOGETHER):
+            for s in tl.static_range(TOGETHER):
+                at = (first + s) * rows.to(tl.int64) + row
+                there = first + s < shares
+                part_peak = tl.load(peak_ptr + at, mask=there, other=float("-inf"))
+                part_total = tl.load(total_ptr + at, mask=there, other=0.0)
+                new_peak = tl.maximum(peak, part_peak)
+                # While all logits seen are -inf there is nothing to subtract, and -inf − -inf would be NaN.
+                base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+                total = total * tl.exp2((peak - base) * LOG2E) + part_total * tl.exp2((part_peak - base) * LOG2E)
+                peak = new_peak
+        # Peak and log-total stay apart: in one float the second is lost beside a large common offset of the logits.
         peak = tl.where(active, peak, 0.0)
         log_total = tl.log(tl.where(active, total, 1.0))
         tl.store(normalizer_ptr + row, peak, mask=t < T)
@@ -66,7 +80,6 @@ def logps_reduce_kernel(
         if HAS_WEIGHTS:
             weight_ptr = weights_ptr + n * weights_stride_n + label_t * weights_stride_t
             weight = tl.load(weight_ptr, mask=active, other=0.0).to(tl.float32)
-        target = tl.load(target_ptr + row, mask=active, other=0.0)
         logp = (target - peak) - log_total
         # A token of weight 0 does not count, though the policy excludes it: 0·−inf is 0.
         sums += tl.where(weight == 0, 0.0, weight * logp)
@@ -88,6 +101,7 @@ def logps_reduce(
     sums = torch.empty(N, dtype=torch.float32, device=labels.device)
     lengths = torch.empty_like(sums)
     weights = labels if token_weights is None else token_weights
+    block_t = BLOCK_T["short" if BLOCK_T["short"] >= T else "long"]
     with on_device(labels):
         logps_reduce_kernel[(N,)](
             partials.peak,
@@ -106,8 +120,9 @@ def logps_reduce(
             shift,
             ignore_index,
             HAS_WEIGHTS=token_weights is not None,
-            BLOCK_T=min(BLOCK_T, triton.next_power_of_2(T)),
-            num_warps=4,
+            TOGETHER=TOGETHER,
+            BLOCK_T=block_t,
+            num_warps=4 if block_t == BLOCK_T["long"] else 1,
             enable_fp_fusion=True,
         )
     return sums, lengths, normalizer

@@ -20,6 +20,7 @@ from benchmarks import (
     machine,
     measure,
     objective,
+    pipes,
     report,
     runner,
     static,
@@ -28,6 +29,7 @@ from benchmarks import (
 from benchmarks import suite as suites
 from benchmarks.__main__ import main
 from benchmarks.record import Row, compare, merge, read_rows, write_rows
+from benchmarks.sass import Instruction, innermost_loops
 from benchmarks.shapes import ACTIVE, MODELS, Shape, linear_shapes, logits_shapes, with_image
 from napo_loss import napo_loss, reference
 
@@ -44,7 +46,7 @@ def given(provider, *arguments):
         pytest.skip(runner.reason(error))
 
 
-COMPILED = "torch.compile", "Liger, compiled"
+COMPILED = "torch.compile", "Liger, compiled", "CCE, compiled"
 
 
 def slow_if(slow, names):
@@ -362,18 +364,62 @@ def test_the_traffic_that_is_counted_is_what_a_kernel_touches():
     x, targets = torch.zeros(3, 100), torch.zeros(3, dtype=torch.int64)
     with traffic.Counter() as counter:
         linear_rows(x, targets, x, bias=None, logit_scale=1.0, softcap=0.0)
-    assert counter.read == 2 * x.nbytes + targets.nbytes
-    assert counter.written == x.nbytes + 3 * 3 * 4  # of each row: the label's logit less the peak, peak, log-total
+    assert counter.read == 2 * x.nbytes + targets.nbytes + 3 * 4  # float32 twice; the label's logit once more
+    assert counter.written == x.nbytes + 3 * 4 + 3 * 4 * 4  # its gradient; hit, peak, log-total and scale of each row
+
+
+def sass(text):
+    """From lines like ``@P0 LDG.E.128 R4,[R2]``; a branch names the index of the instruction that it goes to."""
+    code = []
+    for line in text.split("; "):
+        predicate, line = ("@P0", line[4:]) if line.startswith("@P0 ") else ("", line)
+        opcode, _, operands = line.partition(" ")
+        code.append(Instruction(predicate, opcode, hex(16 * int(operands)) if opcode == "BRA" else operands))
+    return code
+
+
+def test_the_innermost_loops_are_found():
+    nested = sass("MOV a; FADD b; LDG.E.128 c; @P0 BRA 1; STG.E.64 d; @P0 BRA 0; EXIT")
+    assert [[x.opcode for x in body] for body in innermost_loops(nested)] == [["FADD", "LDG.E.128", "BRA"]]
+    moved_out_of_the_way = sass("@P0 BRA 4; FADD a; EXIT; NOP; FMUL b; BRA 1")
+    assert innermost_loops(moved_out_of_the_way) == []
+    two = sass("FADD a; @P0 BRA 0; FMUL b; @P0 BRA 5; FFMA c; MUFU d; @P0 BRA 2; EXIT")
+    assert [len(body) for body in innermost_loops(two)] == [2, 5]
+
+
+def test_a_loop_is_counted_per_element_of_what_it_reads():
+    loop = sass("LDG.E.128 a; LDG.E.128 b; FADD c; FFMA2 d; MUFU.EX2 e; BAR.SYNC f; STG.E.128 g; @P0 BRA 0")
+    found = pipes.count_code(loop, pipes.Element(read=4, written=2, lane=0))
+    assert (found.elements, found.instructions, found.mufu, found.barriers) == (8, 1, 1 / 8, 1)
+    assert (found.read, found.written) == (4, 2)
+    assert found.lanes == pytest.approx({"issue": 1, "fma": 3 / 8, "xu": 1 / 8, "lsu": 3 / 8, "l1": 6})
+    either = sass("@P0 LDG.E.128 a; LDG.E.64 b; @P0 BRA 0")
+    assert pipes.count_code(either, pipes.Element(4, 0, 0)).elements == 6
+
+
+def test_a_share_is_that_of_the_busiest():
+    gpu = pipes.Gpu("sm_0", multiprocessors=100, clock=1.0, copy=1.6, fma_lanes=128, latency=1000)
+    assert gpu.bytes_a_clock == pytest.approx(16)
+    count = pipes.Count(8, 1, 1, 0, read=4, written=4, lanes={"issue": 8, "xu": 1})
+    assert count.share(gpu, resident_warps=64) == pytest.approx(0.5 * 16)  # 1/16 clock an element: both pipes alike
+    assert count.share(gpu, resident_warps=1) == pytest.approx(0.5 * 256 / 1000)  # loads in flight
+    assert gpu.resident_warps(registers=64, num_warps=4) == 32
+    assert gpu.resident_warps(registers=16, num_warps=1) == 32  # as many programs as there may be
 
 
 def test_kernels_that_got_worse_fail():
-    committed = {("k", "case", "sm_90"): ["k", "case", "sm_90", "32", "0", "0", "16", "16", "3.9.0"]}
-    fine = compiled.Report("k", "case", "sm_90", 32, 0, 0, 16, 16)
+    code = compiled.Code(32, 0, 0, 16, 16, 6.0, 1.0, 0, share_h100=2.5)
+    fine = compiled.Report("k", "case", "sm_90", code)
+    assert compiled.Report.from_row(dict(zip(fine.columns(), fine.row(), strict=True))) == fine
+    committed = {fine[:3]: code}
     assert static.compare_compiled([fine], committed) == ([], [])
-    worse, notes = static.compare_compiled([fine._replace(registers=40)], committed)
+    worse, notes = static.compare_compiled([fine._replace(code=code._replace(registers=40))], committed)
     assert (worse, len(notes)) == ([], 1)
-    for change in ({"spills": 8}, {"load_bytes": 8}, {"store_bytes": 4}):
-        assert len(static.compare_compiled([fine._replace(**change)], committed)[0]) == 1
+    changes = {
+        "spills": 8, "load_bytes": 8, "store_bytes": 4, "instructions_per_element": 6.3, "barriers_per_iteration": 1,
+    }  # fmt: skip
+    for name, value in changes.items():
+        assert len(static.compare_compiled([fine._replace(code=code._replace(**{name: value}))], committed)[0]) == 1
     assert "new" in static.compare_compiled([fine._replace(case="other")], committed)[1][0]
 
 

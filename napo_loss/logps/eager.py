@@ -17,6 +17,8 @@ from napo_loss.logps.gemm import blocks
 from napo_loss.logps.tokens import aligned_weights, targets, weighted
 from napo_loss.parallel.columns import Rows
 
+LEAST = -200.0
+"""Nats below the peak beyond which an exponential is 0, and 0 times it: a logit of -inf adds nothing to an entropy."""
 CHUNK_BYTES = 4 * 2**20
 """Upcast logits held at a time: a few rows of a large vocabulary, small enough to stay in a CPU's cache."""
 
@@ -66,11 +68,11 @@ def token_rows(
     ignore_index: int,
 ) -> Rows:
     """Of active positions ``[A]``."""
-    found = [logits.new_empty((3, 0), dtype=accumulation_dtype(logits))]
+    found = [logits.new_empty((4, 0), dtype=accumulation_dtype(logits))]
     for n, t, target, inside in _active_rows(logits, targets, 0, ignore_index):
         z = logits[n, t].to(found[0].dtype)  # a copy, as any gather
         hit, peak = _less_peak(z, target, inside)
-        found.append(torch.cat([hit, peak, z.exp_().sum(1, keepdim=True).log_()], 1).t())
+        found.append(torch.cat([hit, peak, z.exp_().sum(1, keepdim=True).log_(), torch.ones_like(hit)], 1).t())
     return Rows.of(torch.cat(found, 1))
 
 
@@ -159,30 +161,38 @@ def linear_rows(
     softcap: float,
     statistics: bool = False,
 ) -> Tensor:
-    """Raw logits to hit, peak, log-total and, asked for ``statistics``, entropy and mean, ``[3 or 5, rows]``: see
-    :class:`napo_loss.parallel.columns.Rows`. Writes unit ``dlogits``, which may be ``logits``, and these are lost;
-    without ``dlogits`` they stay as they are.
+    """Raw logits to ``[4 or 6, rows]``: see :meth:`napo_loss.parallel.columns.Rows.of`. Writes unit ``dlogits``, which
+    may be ``logits``, and these are lost; without ``dlogits`` they stay as they are.
     """
     rows, V = logits.shape
-    out = logits.new_empty((5 if statistics else 3, rows))
-    for part in blocks(rows, CHUNK_BYTES // (V * logits.element_size())):
-        z = logits[part] if dlogits is not None else logits[part].clone()
+    out = logits.new_empty((6 if statistics else 4, rows))
+    # Where dlogits have the exponents of float32, dividing each by the sum is left to who multiplies them anyway.
+    divides = dlogits is not None and dlogits.dtype == torch.float16
+    parts = blocks(rows, CHUNK_BYTES // (V * logits.element_size()))
+    # Made once: a system clears the pages of what is made for each part, which takes longer than to use them.
+    of_part = (parts[0].stop, V) if parts else (0, V)
+    copy = logits.new_empty(of_part) if dlogits is None else logits
+    powers = logits.new_empty(of_part) if statistics else logits
+    for part in parts:
+        z = logits[part] if dlogits is not None else copy[: part.stop - part.start].copy_(logits[part])
         slope = _shape_logits(z, bias, logit_scale, softcap)
         target = targets[part, None].long()
         inside = (target >= 0) & (target < V)
         target = target.where(inside, 0)
         mean = z.mean(1, keepdim=True) if statistics else None
         hit, peak = _less_peak(z, target, inside)
-        below = z.clone() if statistics else None
+        power = torch.clamp(z, min=LEAST, out=powers[: len(z)]) if statistics else None
         total = z.exp_().sum(1, keepdim=True)
-        found = [hit, peak, total.log()]
-        if below is not None and mean is not None:
-            spread = below.masked_fill_(z == 0, 0).mul_(z).sum(1, keepdim=True)  # 0·−inf adds nothing
-            found += [found[2] - spread / total, mean]
-        out[:, part] = torch.cat(found, 1).t()
+        found = [hit, peak, total.log(), -logit_scale / total]
+        if power is not None and mean is not None:
+            found += [found[2] - power.mul_(z).sum(1, keepdim=True) / total, mean]
         if dlogits is not None:
-            z.div_(-total).scatter_add_(1, target, inside.to(z.dtype))
-            dlogits[part] = z if slope is None else z.mul_(slope)
+            if divides:
+                z.div_(total)
+                found[3], total = torch.full_like(total, -logit_scale), 1.0
+            z.scatter_add_(1, target, inside * -total)
+            _leave(z if slope is None else z.mul_(slope), dlogits[part])
+        out[:, part] = torch.cat(found, 1).t()
     return out
 
 
@@ -205,11 +215,17 @@ def linear_block(
         slope = _shape_logits(z, bias, logit_scale, softcap)
         target = targets[part, None].long() - first
         inside = (target >= 0) & (target < columns)
-        row_w = w[part, None]
+        row_w = w[part, None] * logit_scale
         peak, log_total = normalizer[:, part, None]
         z.sub_(peak).sub_(log_total).exp_().mul_(-row_w)
         z.scatter_add_(1, target.where(inside, 0), row_w.where(inside, 0))
-        dlogits[part] = z if slope is None else z.mul_(slope)
+        _leave(z if slope is None else z.mul_(slope), dlogits[part])
+
+
+def _leave(x: Tensor, there: Tensor) -> None:
+    """Copies, unless it is where it should be."""
+    if x.data_ptr() != there.data_ptr():
+        there.copy_(x)
 
 
 def _shape_logits(
@@ -218,14 +234,14 @@ def _shape_logits(
     logit_scale: float,
     softcap: float,
 ) -> Tensor | None:
-    """Raw logits x to logits z, in place; returns ``dz/dx``, None where it is 1."""
+    """Raw logits x to logits z, in place; returns ``dz/dy``, the slope of a softcap, None where it is 1."""
     if bias is not None:
         x += bias
     if logit_scale != 1:
         x *= logit_scale
     if not softcap:
-        return None if logit_scale == 1 else x.new_full((), logit_scale)
+        return None
     x.div_(softcap).tanh_()
-    slope = (1 - x * x).mul_(logit_scale)
+    slope = 1 - x * x
     x *= softcap
     return slope

@@ -120,10 +120,12 @@ class Gradients(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward needs beside the arguments; empty where it does not. ``unit_``: before the weight from the loss."""
+    """What backward needs beside the arguments; empty where it does not. ``unit_``: before the weight from the loss and
+    the scale of the row, which is known after unit dlogits are written."""
 
     rows: Tensor  # [A] indices into N·T
     normalizer: Tensor  # [2, A]: peak and log-total
+    unit_scale: Tensor  # [A]: see napo_loss.parallel.columns.Rows
     unit_dhidden: Tensor  # [A, D] in full precision
     unit_dlogits_lora_B: Tensor  # [A, r] in full precision: their product
     unit_dlogits: Tensor  # [A, V] in the dtype of the factors, if kept
@@ -137,6 +139,7 @@ class Saved(NamedTuple):
         return cls(
             rows=rows,
             normalizer=hidden.new_empty((2, A), dtype=full),
+            unit_scale=hidden.new_empty(A, dtype=full),
             unit_dhidden=hidden.new_empty((A if needs.hidden else 0, D), dtype=full),
             unit_dlogits_lora_B=hidden.new_empty((A if needs.lora else 0, r), dtype=full),
             unit_dlogits=padded(hidden, kept, V),

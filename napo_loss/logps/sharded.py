@@ -13,7 +13,7 @@ from napo_loss.logps import eager
 from napo_loss.logps.calls import LogitsCall, ShardedCall
 from napo_loss.logps.ops import logits_gradient
 from napo_loss.logps.records import Head, Steps
-from napo_loss.logps.tokens import spread
+from napo_loss.logps.tokens import active_rows, spread
 from napo_loss.parallel.columns import Columns, Rows, merge
 from napo_loss.parallel.reductions import all_reduce
 
@@ -40,7 +40,7 @@ def sharded_logps(*values) -> tuple[Tensor, Tensor, Tensor]:
     active, local = targets != call.ignore_index, targets - columns.start
     inside = active & (local >= 0) & (local < columns.count)
     local = local.where(inside, logits.shape[-1]).where(active, MASKED)  # elsewhere: a column that there is not
-    rows = active.flatten().nonzero().squeeze(1)  # [A]
+    rows = active_rows(targets, call.ignore_index)  # [A]
     if triton:
         from napo_loss.kernels.logps_forward import logps_forward
 
@@ -62,7 +62,7 @@ def _joined(
     peak = part_peak.amax(0)
     base = peak.masked_fill(peak == -torch.inf, 0)
     total = (partials.total[:, rows] * (part_peak - base).exp()).sum(0)
-    return Rows(partials.target[rows] - peak, torch.stack([peak, total.log()]))
+    return Rows(partials.target[rows] - peak, torch.stack([peak, total.log()]), torch.ones_like(total))
 
 
 @sharded_logps.register_fake
@@ -112,9 +112,9 @@ class ShardedSteps(Steps):
         if columns.count:
             found = super().rows(logits, local, head, statistics=statistics)
         else:
-            hit, mean = logits.new_zeros(2, len(logits))
-            none = torch.full_like(hit, -torch.inf)
-            found = Rows.of(torch.stack([hit, none, none, *([hit, mean] if statistics else [])]))
+            zero = logits.new_zeros(len(logits))
+            none, one = torch.full_like(zero, -torch.inf), torch.ones_like(zero)
+            found = Rows.of(torch.stack([zero, none, none, one, *([zero, zero] if statistics else [])]))
         found = merge(found, inside, columns)
         if dlogits is not None:
             self.block(logits, targets, head, 0, found.normalizer, torch.ones_like(found.hit), dlogits)

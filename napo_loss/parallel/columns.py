@@ -56,14 +56,17 @@ class Columns(NamedTuple):
 class Rows(NamedTuple):
     """What a pass over some columns of rows of logits z tells of each row."""
 
-    hit: Tensor  # [rows]: the label's logit less the peak, exactly 0 where none is larger; NaN where it is not here
+    hit: Tensor  # [rows]: the label's logit less the peak; NaN where it is not here
     normalizer: Tensor  # [2, rows]: peak and log-total, softmax = exp((z − peak) − log-total); see DESIGN.md
+    unit_scale: Tensor  # [rows]: what unit dlogits, if they were written, are to be multiplied by
     statistics: Tensor | None = None  # [2, rows]: entropy in nats, mean of the logits
+
+    # The peak is the largest logit or close to it: where statistics are asked for it is, and hit is 0 on top.
 
     @classmethod
     def of(cls, found: Tensor) -> Rows:
-        """From hit, peak, log-total and, where they were asked for, entropy and mean, ``[3 or 5, rows]``."""
-        return cls(found[0], found[1:3], found[3:] if found.shape[0] > 3 else None)
+        """From hit, peak, log-total, scale and, where they were asked for, entropy and mean, ``[4 or 6, rows]``."""
+        return cls(found[0], found[1:3], found[3], found[4:] if found.shape[0] > 4 else None)
 
 
 def merge(
@@ -90,8 +93,8 @@ def merge(
     *parts, (count, squares) = sums.split([*[A] * len(parts), 2])
     whole = (count == columns.V) & (squares % PRIME == columns.V**2 % PRIME)
     total, hit = parts[0], parts[1].where(whole, torch.nan)
-    normalizer = torch.stack([peak, total.log()])
+    normalizer, unit_scale = torch.stack([peak, total.log()]), torch.ones_like(total)
     if found.statistics is None:
-        return Rows(hit, normalizer)
+        return Rows(hit, normalizer, unit_scale)
     entropy = (parts[2] / total + normalizer[1]).clamp_min(0)
-    return Rows(hit, normalizer, torch.stack([entropy, parts[3]]).where(whole, torch.nan))
+    return Rows(hit, normalizer, unit_scale, torch.stack([entropy, parts[3]]).where(whole, torch.nan))
