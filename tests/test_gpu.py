@@ -125,6 +125,30 @@ def test_cuda_graph_capture():
     torch.testing.assert_close(grad, expected[1])
 
 
+def test_cuda_graph_capture_from_hidden_states():
+    hidden = torch.randn(4, 33, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(5003, 64, device="cuda", requires_grad=True)
+    _, labels = example(4, 33, 5003, torch.float32)
+
+    def step():
+        sums = linear_sequence_logps(hidden, weight, labels, max_active=100, logits_budget=2**24).sum
+        return sums, *torch.autograd.grad(sums.sum(), (hidden, weight))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        hidden.mul_(0.5)
+    graph.replay()
+    for a, b in zip(captured, step(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_torch_compile():
     logits, labels = example(8, 33, 5003, torch.bfloat16)
     ref = torch.zeros(4, 2, device="cuda")

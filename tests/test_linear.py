@@ -104,7 +104,7 @@ def flops(monkeypatch):
 
         return call
 
-    of_product = lambda a, b: (*a.shape, b.shape[1])  # noqa: E731
+    of_product = lambda a, b, out=None: (*a.shape, b.shape[1])  # noqa: E731
     monkeypatch.setattr(factored, "mm_float32", counted(gemm.mm_float32, of_product))
     monkeypatch.setattr(factored, "mm_into", counted(gemm.mm_into, lambda out, a, b: (*a.shape, b.shape[1])))
     return seen
@@ -121,21 +121,12 @@ def flops(monkeypatch):
         (("weight",), 2**30, 2),
     ],
 )
-def test_products_are_counted(flops, monkeypatch, trained, budget, products):
+def test_products_are_counted(flops, trained, budget, products):
     """1 under no_grad, 2 with a frozen head, 3 with dlogits kept, 4 with them recomputed; over active rows only."""
     tensors, labels, _, upstream = example(2, 4, 10, 16, 200, masked=0.7)
-    direct = []  # logits straight into the kept buffer
-    original = factored._raw_logits
-
-    def raw_logits(h, h_lora_A, head, out=None):
-        if out is not None:
-            direct.append(2 * len(h) * h.shape[1] * head.weight.shape[0])
-        return original(h, h_lora_A, head, out)
-
-    monkeypatch.setattr(factored, "_raw_logits", raw_logits)
     run(linear_sequence_logps, tensors, labels, upstream, trained=trained, bias=False, logits_budget=budget)
     active = int((labels[:, 1:] != -100).sum())
-    assert sum(flops) + sum(direct) == products * 2 * active * 16 * 200
+    assert sum(flops) == products * 2 * active * 16 * 200
 
 
 def test_without_grad_only_the_first_product_runs(flops):
@@ -415,3 +406,50 @@ def test_dtypes_that_are_no_numbers_by_themselves_are_refused(name, dtype, autoc
         pytest.raises(TypeError, match=rf"{name} must be .*{dtype}"),
     ):
         linear_sequence_logps(given["hidden"], head, torch.zeros(1, 3, dtype=torch.long), bias=given["bias"])
+
+
+# A bound of the number of active positions
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("budget", [3000, 2**30])
+@pytest.mark.parametrize("extra", [0, 1, 30])
+def test_a_bound_of_active_positions_changes_nothing(backend, low_rank, budget, extra):
+    tensors, labels, _, upstream = example(11)
+    labels[:, -1] = -100  # the last position is masked, whose place rows beyond the active ones might read
+    tensors["hidden"][:, -2:] = torch.nan
+    active = int((labels[:, 1:] != -100).sum())
+    options = {"low_rank": low_rank, "logits_budget": budget, "backend": backend}
+    exact = run(linear_sequence_logps, tensors, labels, upstream, **options)
+    bounded = run(linear_sequence_logps, tensors, labels, upstream, max_active=active + extra, **options)
+    torch.testing.assert_close(bounded, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_more_active_positions_than_the_bound_are_a_visible_nan():
+    tensors, labels, _, _ = example(11)
+    active = int((labels[:, 1:] != -100).sum())
+    found = linear_sequence_logps(tensors["hidden"], tensors["weight"], labels, max_active=active - 1)
+    assert found.sum.isnan().all()
+    with pytest.raises(ValueError, match="max_active must be a finite number > 0"):
+        linear_sequence_logps(tensors["hidden"], tensors["weight"], labels, max_active=0)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """What the host would wait for a GPU for: sizes and values that it asks of tensors."""
+    seen = []
+    for name in ("nonzero", "item", "tolist", "__bool__", "__int__", "__index__", "__float__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, f=original, n=name: seen.append(n) or f(x))
+    return seen
+
+
+@pytest.mark.parametrize(("bound", "expected"), [(None, ["nonzero"]), (30, [])])
+def test_with_a_bound_nothing_waits(monkeypatch, waits, bound, expected):
+    monkeypatch.setattr(linear_ops.eager, "check_range", lambda *_: None)  # looks at labels where that is free
+    tensors, labels, _, upstream = example(11)
+    hidden, weight = tensors["hidden"].requires_grad_(), tensors["weight"].requires_grad_()
+    found = linear_sequence_logps(hidden, weight, labels, max_active=bound, logits_budget=3000)
+    found.sum.backward(upstream)
+    assert waits == expected

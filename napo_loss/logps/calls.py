@@ -122,42 +122,32 @@ class LinearCall(SavedCall):
 
     SCHEMA: ClassVar[dict[str, str]] = {
         "hidden": "Tensor", **Head.SCHEMA, "targets": "Tensor", "needs": "bool[]", **Columns.SCHEMA,
-        "ignore_index": "SymInt", "budget": "SymInt", "token_statistics": "bool", "backend": "str",
+        "ignore_index": "SymInt", "budget": "SymInt", "max_active": "SymInt", "token_statistics": "bool",
+        "backend": "str",
     }  # fmt: skip
 
     hidden: Tensor  # [N, T, D]
     head: Head
     targets: Tensor  # [N, T]: labels, aligned with the positions that predict them
     needs: Needs
-    columns: Columns | None  # None: the whole vocabulary is here
-    ignore_index: int
-    budget: int  # bytes of logits-sized memory; 0 for the default
-    token_statistics: bool
-    backend: str
+    columns: Columns | None = None  # None: the whole vocabulary is here
+    ignore_index: int = -100
+    budget: int = 0  # bytes of logits-sized memory; 0 for the default
+    max_active: int = 0  # a bound of the number of active positions; 0: they are counted
+    token_statistics: bool = False
+    backend: str = "auto"
 
     @classmethod
-    def of(
-        cls,
-        hidden: Tensor,  # [N, T, D]
-        head: Head,
-        targets: Tensor,  # [N, T]
-        *,
-        columns: Columns | None = None,
-        ignore_index: int = -100,
-        budget: int = 0,
-        token_statistics: bool = False,
-        backend: str = "auto",
-    ) -> LinearCall:
+    def of(cls, hidden: Tensor, head: Head, targets: Tensor, **others: Any) -> LinearCall:
         """With the gradients that autograd will ask for."""
-        return cls(
-            hidden, head, targets, Needs.of(hidden, head), columns, ignore_index, budget, token_statistics, backend
-        )
+        return cls(hidden, head, targets, Needs.of(hidden, head), **others)
 
     def to_schema(self) -> dict[str, Any]:
         return {
             "hidden": self.hidden, **self.head._asdict(), "targets": self.targets, "needs": list(self.needs),
             **(self.columns.to_schema() if self.columns else ALL_COLUMNS), "ignore_index": self.ignore_index,
-            "budget": self.budget, "token_statistics": self.token_statistics, "backend": self.backend,
+            "budget": self.budget, "max_active": self.max_active, "token_statistics": self.token_statistics,
+            "backend": self.backend,
         }  # fmt: skip
 
     @classmethod

@@ -1,9 +1,10 @@
 """Hidden states × lm_head to token log-probs, and its backward: which products, over which rows, in which order.
 
-For any loss of log-probs ``dlogits = w·unit_dlogits``: ``unit_dlogits = onehot − softmax`` (times the slope of softcap
-and scale), and one weight ``w`` per row that only the backward pass knows. ``unit_`` marks what is known before it.
-So the forward pass goes through the active rows in chunks: logits, then ``unit_dlogits`` in their place, then
-``unit_dhidden = unit_dlogits·weight``. Backward only rescales: ``dhidden = w ⊙ unit_dhidden``. The other gradient,
+For any loss of log-probs ``dlogits = w·(onehot − softmax)`` (times the slope of softcap and scale) with one weight w
+per row that only the backward pass knows. ``unit_`` marks what is known before it. So the forward pass goes through the
+active rows in chunks: logits, then ``unit_dlogits`` in their place, then ``unit_dhidden = unit_dlogits·weight``. The
+former may lack another number of the row, ``unit_scale``: a sum of exponentials is known once all of them are written.
+Backward only rescales: ``dhidden = w·unit_scale ⊙ unit_dhidden``. The other gradient,
 ``dweight = dlogitsᵀ·hidden``, comes from ``unit_dlogits`` where they were kept, and otherwise from logits computed
 again, a block of the vocabulary at a time, so that each entry of it is one float32 sum, rounded once.
 
@@ -20,10 +21,10 @@ from torch import Tensor
 
 from napo_loss.backend import accumulation_dtype
 from napo_loss.logps.calls import LinearCall
-from napo_loss.logps.gemm import HALF, blocks, mm_float32, mm_into, padded
+from napo_loss.logps.gemm import HALF, balanced, blocks, mm_float32, mm_into, padded
 from napo_loss.logps.memory import columns_at_a_time, rows_at_a_time, scratch_bytes
 from napo_loss.logps.records import Gradients, Head, Saved, Steps
-from napo_loss.logps.tokens import spread
+from napo_loss.logps.tokens import active_rows, gathered, spread
 
 
 class Forward(NamedTuple):
@@ -35,20 +36,19 @@ class Forward(NamedTuple):
 
 
 def forward(call: LinearCall, budget: int, steps: Steps) -> Forward:
-    """One host sync: the number of active rows."""
+    """One host sync: the number of active rows; none where the call bounds it."""
     hidden, head, needs = call.hidden, call.head, call.needs
     V, full = head.weight.shape[0], accumulation_dtype(hidden)
-    targets = call.targets.flatten()  # [N·T]
-    rows = (targets != call.ignore_index).nonzero().squeeze(1)  # [A]
-    A = len(rows)
+    rows = active_rows(call.targets, call.ignore_index, call.max_active)  # [A]
+    A, targets = len(rows), _gather(call.targets, rows, call)
     scratch = min(budget, scratch_bytes(hidden.device))
     keep = needs.dlogits and _kept_bytes(A, V, hidden.dtype, scratch) <= budget
 
     logp = hidden.new_empty(A, dtype=full)
     statistics = hidden.new_empty((3, A) if call.token_statistics else 0, dtype=full)
     saved = Saved.empty(rows, hidden, head, needs, kept=A if keep else 0)
-    for chunk in blocks(A, rows_at_a_time(hidden, steps.width(V), scratch)):
-        h = _gather(hidden, rows[chunk])
+    for chunk in balanced(A, rows_at_a_time(hidden, steps.width(V), scratch)):
+        h = _gather(hidden, rows[chunk], call)
         kept = saved.unit_dlogits[chunk] if keep else None
         raw = _raw_logits(h, _times_lora_A(h, head), head, out=kept if hidden.dtype == full else None)
         if not (keep or needs.hidden or needs.lora):
@@ -59,15 +59,18 @@ def forward(call: LinearCall, budget: int, steps: Steps) -> Forward:
             dlogits = kept
         else:
             dlogits = padded(hidden, len(h), V)
-        found = steps.rows(raw, targets[rows[chunk]], head, dlogits, statistics=call.token_statistics)
+        found = steps.rows(raw, targets[chunk], head, dlogits, statistics=call.token_statistics)
         torch.sub(found.hit, found.normalizer[1], out=logp[chunk])
-        saved.normalizer[:, chunk] = found.normalizer
+        saved.normalizer[:, chunk], saved.unit_scale[chunk] = found.normalizer, found.unit_scale
         if found.statistics is not None:
             statistics[0, chunk], statistics[2, chunk] = found.statistics
             statistics[1, chunk] = (found.hit == 0).to(full)
         del raw
         if dlogits is not None:
             _times_head(dlogits, call, saved, chunk)
+    if call.max_active:
+        too_many = (call.targets != call.ignore_index).sum() > call.max_active
+        logp.masked_fill_(too_many, torch.nan)  # more cannot be said without a sync
     per_position = spread(statistics, rows, call.targets) if call.token_statistics else statistics
     return Forward(spread(logp, rows, call.targets), per_position, saved)
 
@@ -81,28 +84,32 @@ def backward(
 ) -> Gradients:
     hidden, head, needs = call.hidden, call.head, call.needs
     full = saved.normalizer.dtype
-    w = grad.flatten()[saved.rows].to(full)  # [A]
+    w = _gather(grad, saved.rows, call).to(full)  # [A]
+    unit_w = w * saved.unit_scale
     dhidden = None
     if needs.hidden:
-        dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        active = steps.reduce(w[:, None] * saved.unit_dhidden)  # [A, D]
-        dhidden.view(-1, hidden.shape[-1])[saved.rows] = active.to(hidden.dtype)
+        active = steps.reduce(unit_w[:, None] * saved.unit_dhidden)  # [A, D]
+        (N, T, D) = hidden.shape
+        all_rows = hidden.new_zeros((N * T + 1, D))  # one for the rows beyond the active ones
+        all_rows[saved.rows] = active.to(hidden.dtype)
+        dhidden = all_rows[:-1].view(N, T, D)
     if not needs.dlogits:
         return Gradients(hidden=dhidden)
 
-    h = _gather(hidden, saved.rows)  # [A, D]
+    h = _gather(hidden, saved.rows, call)  # [A, D]
     dlora_A = None
     if needs.lora and head.lora_A is not None:
-        dlogits_lora_B = w[:, None] * saved.unit_dlogits_lora_B  # [A, r]
+        dlogits_lora_B = unit_w[:, None] * saved.unit_dlogits_lora_B  # [A, r]
         product = mm_float32(dlogits_lora_B.t(), h.to(full)).mul_(head.lora_scale)
         dlora_A = steps.reduce(product).to(head.lora_A.dtype)
-    per_column = _backward_of_columns(h, w, call, saved, budget, steps)
+    kept = saved.unit_dlogits.numel() > 0
+    per_column = _backward_of_columns(h, unit_w if kept else w, call, saved, budget, steps)
     return per_column._replace(hidden=dhidden, lora_A=dlora_A)
 
 
 def _backward_of_columns(
     h: Tensor,  # [A, D]
-    w: Tensor,  # [A]
+    w: Tensor,  # [A] what saved dlogits lack, or those that are made here
     call: LinearCall,
     saved: Saved,
     budget: int,
@@ -110,7 +117,7 @@ def _backward_of_columns(
 ) -> Gradients:
     """Of the tensors with a row for each column of the vocabulary: ``dlogitsᵀ`` times the other factor, in blocks."""
     head, needs, V = call.head, call.needs, call.head.weight.shape[0]
-    targets = call.targets.flatten()[saved.rows]  # [A]
+    targets = _gather(call.targets, saved.rows, call)  # [A]
     h_lora_A = _times_lora_A(h, head)
     kept = saved.unit_dlogits.numel() > 0
 
@@ -153,8 +160,9 @@ def _raw_logits(
     out: Tensor | None = None,  # [rows, columns]
 ) -> Tensor:
     """Products ``[rows, columns]`` in full precision; bias, scale and softcap belong to the steps."""
-    weight = head.weight.t()
-    raw = mm_float32(h, weight) if out is None else torch.mm(h, weight, out=out)
+    if out is None:
+        out = padded(h, len(h), len(head.weight), accumulation_dtype(h))
+    raw = mm_float32(h, head.weight.t(), out)
     if h_lora_A is not None and head.lora_B is not None:
         raw.addmm_(h_lora_A, head.lora_B.t().to(raw.dtype), alpha=head.lora_scale)
     return raw
@@ -191,11 +199,11 @@ def _times_head(
 
 
 def _gather(
-    hidden: Tensor,  # [N, T, D]
+    x: Tensor,  # [N, T, …]
     rows: Tensor,  # [rows] indices into N·T
+    call: LinearCall,
 ) -> Tensor:
-    T = hidden.shape[1]
-    return hidden[rows // T, rows % T]
+    return gathered(x, rows, bounded=call.max_active > 0)
 
 
 def _column_sums(

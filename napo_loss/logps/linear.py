@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -37,6 +38,7 @@ def linear_sequence_logps(
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
     logits_budget: int | None = None,
+    max_active: int | None = None,
     token_statistics: bool = False,
     backend: Literal["auto", "triton", "eager"] = "auto",
 ) -> SequenceLogps:
@@ -64,6 +66,8 @@ def linear_sequence_logps(
         logits_budget: bytes of logits-sized memory that may exist at a time, what is kept for backward included.
             Default: a quarter of the GPU's free memory, an eighth of the free memory of a CPU. Of a split vocabulary:
             the same on every rank.
+        max_active: at least the number of active positions. Then nothing waits for the GPU, and a CUDA graph can be
+            captured (name a ``logits_budget``, too); this many positions are computed. Of more, every sum is NaN.
         token_statistics: also returns entropy, top-1 hit and mean logit of each position, from the same pass.
         backend: as in :func:`napo_loss.sequence_logps`.
 
@@ -102,7 +106,10 @@ def linear_sequence_logps(
         check_cu_seqlens(cu_seqlens, labels)
     if token_weights is not None:
         check_like("token_weights", token_weights, "labels", labels, labels.shape)
-    for name, value in (("softcap", softcap), ("logit_scale", logit_scale), ("logits_budget", logits_budget)):
+    numbers = {
+        "softcap": softcap, "logit_scale": logit_scale, "logits_budget": logits_budget, "max_active": max_active,
+    }  # fmt: skip
+    for name, value in numbers.items():
         if value is not None:
             check_positive(name, value)
     check_backend(backend)
@@ -114,7 +121,8 @@ def linear_sequence_logps(
     target = targets(labels, shift, ignore_index, packing)
     call = LinearCall.of(
         hidden[None] if packed else hidden, head, target[None] if packed else target, columns=columns,
-        ignore_index=ignore_index, budget=int(logits_budget or 0), token_statistics=token_statistics, backend=backend,
+        ignore_index=ignore_index, budget=int(logits_budget or 0), max_active=math.ceil(max_active or 0),
+        token_statistics=token_statistics, backend=backend,
     )  # fmt: skip
     token_logps, statistics, *_ = linear_ops.linear_logps(**call.to_schema())
     logps = per_sequence(token_logps.view(target.shape), target != ignore_index, token_weights, shift, packing)

@@ -34,6 +34,7 @@ def linear_logps(*values) -> tuple[Tensor, ...]:
 def _(*values):
     call = LinearCall.from_schema(*values)
     active, kept = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
+    active = call.max_active or active
     rows = call.targets.new_empty(active, dtype=torch.int64)
     logp = call.hidden.new_empty(call.targets.shape, dtype=accumulation_dtype(call.hidden))
     statistics = logp.new_empty((3, *logp.shape) if call.token_statistics else 0)

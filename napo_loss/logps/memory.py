@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from napo_loss.backend import accumulation_dtype
-from napo_loss.logps.gemm import HALF
+from napo_loss.logps.gemm import HALF, TILE, rounds_once
 
 SCRATCH = {"cpu": 32 * 2**20, "gpu": 512 * 2**20}
 """Bytes of logits worked on at a time, where the budget allows: enough rows to keep the matrix products efficient."""
@@ -55,5 +55,9 @@ def columns_at_a_time(
     """Columns of the vocabulary: what is as large as they are wide must fit the scratch memory."""
     A, D = h.shape
     if not kept:
-        return max(64, scratch // max(1, A * logit_bytes(h)))
-    return scratch // (4 * D) if h.dtype in HALF else V  # float32 results before they are rounded
+        most = max(64, scratch // max(1, A * logit_bytes(h)))
+    elif h.dtype in HALF and not rounds_once(h.device.type):
+        most = scratch // (4 * D)  # float32 results before they are rounded
+    else:
+        return V
+    return most // TILE * TILE or most

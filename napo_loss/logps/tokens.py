@@ -49,14 +49,43 @@ def aligned_weights(active: Tensor, token_weights: Tensor | None, shift: bool, d
     return torch.where(active, token_weights.detach().to(dtype).roll(-int(shift), dims=-1), 0)
 
 
+def active_rows(
+    targets: Tensor,  # [N, T]
+    ignore_index: int,
+    max_active: int = 0,
+) -> Tensor:
+    """Indices ``[A]`` into N·T. Their number is a host sync, unless there is a bound of it: then A is the bound, and
+    those beyond the active ones are N·T, a position that does not exist.
+    """
+    active = (targets != ignore_index).flatten()
+    if not max_active:
+        return active.nonzero().squeeze(1)
+    return torch.nonzero_static(active, size=max_active, fill_value=len(active)).squeeze(1)
+
+
 def spread(
     x: Tensor,  # […, A]
-    rows: Tensor,  # [A] indices into N·T
+    rows: Tensor,  # [A] indices into N·T, or beyond
     like: Tensor,  # [N, T]
 ) -> Tensor:
     """``[…, N, T]``, 0 where a position is not active."""
-    out = x.new_zeros((*x.shape[:-1], like.numel()))
-    return out.index_copy_(-1, rows, x).view(*x.shape[:-1], *like.shape)
+    out = x.new_zeros((*x.shape[:-1], like.numel() + 1)).index_copy_(-1, rows, x)
+    return out[..., :-1].unflatten(-1, like.shape)
+
+
+def gathered(
+    x: Tensor,  # [N, T, …]
+    rows: Tensor,  # [A]
+    *,
+    bounded: bool,
+) -> Tensor:
+    """``[A, …]``; 0 for the rows beyond the active ones, which there are where their number is only ``bounded``."""
+    T = x.shape[1]
+    if not bounded:
+        return x[rows // T, rows % T]
+    beyond = rows == x.shape[0] * T
+    at = rows.masked_fill(beyond, 0)
+    return x[at // T, at % T].masked_fill(beyond.view(-1, *[1] * (x.dim() - 2)), 0)
 
 
 def weighted(weights: Tensor, token_logps: Tensor) -> Tensor:
