@@ -133,16 +133,19 @@ def _from_hidden() -> Cases:
 
 def _objective() -> Cases:
     from napo_loss.kernels.objective import objective
-    from napo_loss.kernels.objective_records import Constants, Settings, Switches
+    from napo_loss.kernels.objective_records import Constants
 
     constants = Constants(eager.MIN_Q, eager.WEIGHT_FLOOR, eager.WEIGHT_PRIOR, eager.MOST_GAIN, MIN_LENGTH)
     for K, B in ((1, 1), (3, 64)):
         row, rows = torch.zeros(B), torch.zeros(K, B)
         for average, dynamic in ((False, False), (True, True)):
-            switches = Switches(average, dynamic, COMPUTE_LOSS=True)
             logps = BatchLogps(row, rows, row, rows, row, rows)._asdict()
-            settings = Settings(*torch.zeros(6, K))
+            both = torch.zeros(1 + K, B)
+            out = {"losses": row, "rewards": both, "dlogps": both, "found": torch.zeros(4, K)}
             yield (
                 f"K={K} B={B}" + " average dynamic" * average,
-                partial(objective, logps, settings, None, None, constants, switches, beta=0.1),
+                partial(
+                    objective, logps, torch.zeros(6, K), None, None, out, constants, average=average, dynamic=dynamic,
+                    beta=0.1,
+                ),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ class LogitsLaunch(NamedTuple):
     chunk: int  # elements of a row per program, a multiple of block_v
 
 
+@lru_cache(maxsize=1024)
 def logits_launch(rows: int, V: int, itemsize: int, *, aligned: bool) -> LogitsLaunch:
     """Tiles for ``rows`` rows of ``V`` logits of ``itemsize`` bytes each.
 
@@ -54,6 +56,9 @@ def from_boundary(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     return x.as_strided(x.shape, x.stride(), x.storage_offset() - early), early
 
 
+HERE = nullcontext()
+
+
 def on_device(x: torch.Tensor):
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return HERE if not x.is_cuda or x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)

@@ -12,13 +12,27 @@ import triton.language as tl
 
 from napo_loss.kernels.launch import on_device
 from napo_loss.kernels.objective_margins import margins, smooth
-from napo_loss.kernels.objective_records import Constants, Outputs, Settings, Switches
+from napo_loss.kernels.objective_records import Constants
 from napo_loss.kernels.sigmoid import expm1, log_sigmoid
 
-TILE = 1024  # elements of a [K, B] tile
+TILE = 1024  # elements of a [K, B] tile; few pairs have one of SHORT columns: two, so that batches do not compile kernels
+SHORT = 32
+OUTPUTS = ("losses", "rewards", "dlogps", "found")
 
 
 @triton.jit
+def _of(ptr, i, k, K, other):
+    """Row ``i`` of ``[…, K]``."""
+    return tl.load(ptr + i * K + k, mask=k < K, other=other)
+
+
+@triton.jit(
+    do_not_specialize=["B", "K"],
+    do_not_specialize_on_alignment=[
+        "policy_chosen_ptr", "policy_rejected_ptr", "reference_chosen_ptr", "reference_rejected_ptr",
+        "chosen_length_ptr", "rejected_length_ptr", "previous_ptr", "means_ptr",
+    ],
+)  # fmt: skip
 def objective_kernel(
     policy_chosen_ptr,  # [B]
     policy_rejected_ptr,  # [K, B]
@@ -26,25 +40,13 @@ def objective_kernel(
     reference_rejected_ptr,
     chosen_length_ptr,
     rejected_length_ptr,
-    slope_ptr,  # [K]: α, or NaN for the moment estimator
-    top_ptr,  # [K]: q at a margin of -inf
-    low_ptr,  # [K]: the smallest q
-    reads_mean_ptr,  # [K]: whether q is read from per-token means, 0 or 1
-    fixed_q_ptr,  # [K]: NaN where q is estimated
-    weight_ptr,  # [K]
-    previous_mean_ptr,  # [K] or unused
-    previous_square_ptr,  # [K] or unused
-    seen_mean_ptr,  # [K]: of the margins that q is read from
-    seen_square_ptr,  # [K]: of their squares
-    margin_mean_ptr,  # [K]: of ψ as the loss reads it
+    settings_ptr,  # [6, K]: slope, top, low, reads_mean, fixed_q, weight; see NegativeNumbers
+    previous_ptr,  # [2, K] or unused: the moments of the step before
+    means_ptr,  # [3, K]: of the margins that q is read from, of their squares, of ψ as the loss reads it
     losses_ptr,  # [B]
-    chosen_rewards_ptr,  # [B]
-    rejected_rewards_ptr,  # [K, B]
-    q_ptr,  # [K]
-    weights_ptr,  # [K]
-    moment_mean_ptr,  # [K]: seen_mean, smoothed
-    moment_square_ptr,  # [K]
+    rewards_ptr,  # [1 + K, B]
     dlogps_ptr,  # [1 + K, B]: dloss_b/dlogπ
+    found_ptr,  # [4, K]: q, weight, and the first two means, smoothed
     B,
     K,
     beta,
@@ -67,12 +69,12 @@ def objective_kernel(
 ):
     k = tl.arange(0, BLOCK_K)
     in_k = k < K
-    slope = tl.load(slope_ptr + k, mask=in_k, other=1.0)
-    top = tl.load(top_ptr + k, mask=in_k, other=1.0)
-    low = tl.load(low_ptr + k, mask=in_k, other=0.0)
-    reads_mean = tl.load(reads_mean_ptr + k, mask=in_k, other=0.0) != 0
-    fixed_q = tl.load(fixed_q_ptr + k, mask=in_k, other=0.0)
-    weight = tl.load(weight_ptr + k, mask=in_k, other=0.0)
+    slope = _of(settings_ptr, 0, k, K, 1.0)
+    top = _of(settings_ptr, 1, k, K, 1.0)
+    low = _of(settings_ptr, 2, k, K, 0.0)
+    reads_mean = _of(settings_ptr, 3, k, K, 0.0) != 0
+    fixed_q = _of(settings_ptr, 4, k, K, 0.0)
+    weight = _of(settings_ptr, 5, k, K, 0.0)
 
     if COMPUTE_MEANS:
         # In float64: margins of both signs cancel, and what is left of a mean decides q.
@@ -95,35 +97,30 @@ def objective_kernel(
         seen_mean = (tl.sum(seen_sum, axis=1) / B).to(tl.float32)
         seen_square = (tl.sum(square_sum, axis=1) / B).to(tl.float32)
         margin_mean = (tl.sum(psi_sum, axis=1) / B).to(tl.float32)
-        tl.store(seen_mean_ptr + k, seen_mean, mask=in_k)
-        tl.store(seen_square_ptr + k, seen_square, mask=in_k)
-        tl.store(margin_mean_ptr + k, margin_mean, mask=in_k)
     else:
-        seen_mean = tl.load(seen_mean_ptr + k, mask=in_k, other=0.0)
-        seen_square = tl.load(seen_square_ptr + k, mask=in_k, other=0.0)
-        margin_mean = tl.load(margin_mean_ptr + k, mask=in_k, other=0.0)
+        seen_mean = _of(means_ptr, 0, k, K, 0.0)
+        seen_square = _of(means_ptr, 1, k, K, 0.0)
+        margin_mean = _of(means_ptr, 2, k, K, 0.0)
 
     if COMPUTE_LOSS:
         if HAS_PREVIOUS:
-            before = tl.load(previous_mean_ptr + k, mask=in_k, other=0.0)
-            seen_mean = smooth(seen_mean, before, decay)
-            before = tl.load(previous_square_ptr + k, mask=in_k, other=0.0)
-            seen_square = smooth(seen_square, before, decay)
-        tl.store(moment_mean_ptr + k, seen_mean, mask=in_k)
-        tl.store(moment_square_ptr + k, seen_square, mask=in_k)
+            seen_mean = smooth(seen_mean, _of(previous_ptr, 0, k, K, 0.0), decay)
+            seen_square = smooth(seen_square, _of(previous_ptr, 1, k, K, 0.0), decay)
         rms = tl.sqrt(seen_square)
         # An infinite margin leaves nothing to read: q is 1, as where all are 0.
         by_moments = 1.0 - tl.where(rms == float("inf"), 0.0, seen_mean / tl.where(rms == 0, 1.0, rms))
-        q = tl.where(slope == slope, top / (1.0 + tl.exp(slope * seen_mean)), by_moments)
+        q = tl.where(slope >= 0, top / (1.0 + tl.exp(slope * seen_mean)), by_moments)
         q = tl.where(q < low, low, tl.where(q > 1.0, 1.0, q))  # a NaN margin stays a NaN q
-        q = tl.where(fixed_q == fixed_q, fixed_q, q)
+        q = tl.where(fixed_q >= 0, fixed_q, q)
         if DYNAMIC:
             gain = tl.where(margin_mean < 0, 0.0, tl.where(margin_mean > MOST_GAIN, MOST_GAIN, margin_mean))
             gain = tl.where(in_k, gain + WEIGHT_PRIOR, 0.0)
             share = gain / tl.sum(gain, axis=0)
             weight = tl.where(in_k, tl.where(share < WEIGHT_FLOOR, WEIGHT_FLOOR, share), 0.0)
-        tl.store(q_ptr + k, q, mask=in_k)
-        tl.store(weights_ptr + k, weight, mask=in_k)
+        tl.store(found_ptr + k, q, mask=in_k)
+        tl.store(found_ptr + K + k, weight, mask=in_k)
+        tl.store(found_ptr + 2 * K + k, seen_mean, mask=in_k)
+        tl.store(found_ptr + 3 * K + k, seen_square, mask=in_k)
 
         is_dpo = (q < MIN_Q)[:, None]
         safe_q = tl.where(is_dpo, 1.0, q[:, None])
@@ -147,8 +144,8 @@ def objective_kernel(
             loss = tl.sum(tl.where(weighs, weight[:, None] * loss, 0.0), axis=0)
             loss -= tl.where(sft_weight != 0, sft_weight * policy, 0.0)
             tl.store(losses_ptr + b, loss, mask=in_b)
-            tl.store(chosen_rewards_ptr + b, beta * chosen, mask=in_b)
-            tl.store(rejected_rewards_ptr + at, beta * rejected, mask=inside)
+            tl.store(rewards_ptr + b, beta * chosen, mask=in_b)
+            tl.store(rewards_ptr + B + at, beta * rejected, mask=inside)
 
             e = tl.exp(-tl.abs(x))
             not_p = tl.where(x >= 0, e, 1.0) / (1.0 + e)
@@ -160,59 +157,53 @@ def objective_kernel(
                 grad /= rejected_length
             tl.store(dlogps_ptr + b, grad_chosen, mask=in_b)
             tl.store(dlogps_ptr + B + at, -grad, mask=inside)
+    else:  # the means of this rank, which others wait for
+        tl.store(means_ptr + k, seen_mean, mask=in_k)
+        tl.store(means_ptr + K + k, seen_square, mask=in_k)
+        tl.store(means_ptr + 2 * K + k, margin_mean, mask=in_k)
 
 
 def objective(
     logps: dict[str, torch.Tensor | None],  # [B] of the chosen, [K, B] of the negatives; see BatchLogps
-    settings: Settings,
-    previous_moments: torch.Tensor | None,  # [2, K]
-    means: torch.Tensor | None,  # [3, K], where they come from all ranks
+    settings: torch.Tensor,  # [6, K]
+    previous: torch.Tensor | None,  # [2, K]
+    means: torch.Tensor | None,  # [3, K]
+    out: dict[str, torch.Tensor] | None,  # by the names of OUTPUTS
     constants: Constants,
-    switches: Switches,
     *,
+    average: bool,  # the loss reads per-token means
+    dynamic: bool,  # weights are shares of the mean reward margins
     beta: float,
     sft_weight: float = 0.0,
     decay: float = 0.0,
-) -> Outputs:
-    """Launches the program. Without ``COMPUTE_LOSS`` only the means are written."""
-    given = {name: None if x is None else x.contiguous() for name, x in logps.items()}
-    unused = policy_chosen = given["policy_chosen"]
-    policy_rejected = given["policy_rejected"]
+) -> None:
+    """Writes ``out``, with the ``means`` of all ranks where they are given; without ``out`` it writes ``means``."""
+    unused = policy_chosen = logps["policy_chosen"]
+    policy_rejected = logps["policy_rejected"]
     assert policy_chosen is not None
     assert policy_rejected is not None
     K, B = policy_rejected.shape
-
-    def new(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=policy_chosen.device)
-
-    outputs = Outputs(
-        means=new(3, K) if means is None else means.contiguous(), losses=new(B), chosen_rewards=new(B),
-        rejected_rewards=new(K, B), q=new(K), weights=new(K), moments=new(2, K), dlogps=new(1 + K, B),
-    )  # fmt: skip
-    pointers = {name: unused if x is None else x for name, x in given.items()}
-    pointers |= settings._asdict() | outputs._asdict()
-    previous = (unused, unused) if previous_moments is None else previous_moments.contiguous()
-    pointers["previous_mean"], pointers["previous_square"] = previous
-    pointers["moment_mean"], pointers["moment_square"] = pointers.pop("moments")
-    pointers["seen_mean"], pointers["seen_square"], pointers["margin_mean"] = pointers.pop("means")
+    given = dict.fromkeys(OUTPUTS) | logps | (out or {}) | {"settings": settings, "previous": previous, "means": means}
     block_k = triton.next_power_of_2(K)
+    long = max(1, TILE // block_k)
     with on_device(policy_chosen):
         objective_kernel[(1,)](
-            **{f"{name}_ptr": x for name, x in pointers.items()},
+            **{f"{name}_ptr": unused if x is None else x.contiguous() for name, x in given.items()},
             B=B,
             K=K,
             beta=beta,
             sft_weight=sft_weight,
             decay=decay,
             **constants._asdict(),
-            **switches._asdict(),
-            HAS_REFERENCE=given["reference_chosen"] is not None,
-            HAS_LENGTH=given["chosen_length"] is not None,
-            HAS_PREVIOUS=previous_moments is not None,
-            COMPUTE_MEANS=means is None,
+            HAS_REFERENCE=logps["reference_chosen"] is not None,
+            HAS_LENGTH=logps["chosen_length"] is not None,
+            HAS_PREVIOUS=previous is not None,
+            AVERAGE=average,
+            DYNAMIC=dynamic,
+            COMPUTE_MEANS=out is None or means is None,
+            COMPUTE_LOSS=out is not None,
             BLOCK_K=block_k,
-            BLOCK_B=max(1, min(triton.next_power_of_2(B), TILE // block_k)),
+            BLOCK_B=long if B > SHORT else min(SHORT, long),
             num_warps=4,
             enable_fp_fusion=True,
         )
-    return outputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -57,6 +57,68 @@ class Call:
         if unknown := found.keys() - cls.SCHEMA.keys():
             raise TypeError(f"{cls.__name__} has no arguments {sorted(unknown)}")
         return tuple(found.get(name) for name in cls.SCHEMA)
+
+
+class Operator:
+    """A custom operator that is called without PyTorch's dispatcher where nobody would notice.
+
+    The way through the dispatcher and back takes the host longer than launching the kernels. So only who traces,
+    transforms or watches operators meets ``definition``, the operator as PyTorch knows it; everybody else its
+    implementation, inside an autograd function. Both have the same backward.
+    """
+
+    def __init__(self, implementation: Callable, schema: str, mutates: tuple[str, ...]):
+        self.__name__, self.__doc__ = implementation.__name__, implementation.__doc__
+        self.definition = torch.library.custom_op(
+            f"napo_loss::{self.__name__}", implementation, mutates_args=mutates, schema=schema
+        )
+        self.register_fake = self.definition.register_fake
+        self._implementation = implementation
+        self._function: type[torch.autograd.Function] | None = None
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable | None = None) -> None:
+        self.definition.register_autograd(backward, setup_context=setup_context)
+
+        def forward(ctx, *values):
+            output = self._implementation(*values)
+            if setup_context is not None:
+                setup_context(ctx, values, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._function = type(self.__name__, (torch.autograd.Function,), methods)  # by this name profilers list it
+
+    def __call__(self, *before: Any, **record: Any) -> Any:
+        """With what precedes a record in the schema, and the record's values in the order of the schema."""
+        values = (*before, *record.values())
+        if _watched(values):
+            return self.definition(*values)
+        if self._function is not None and torch.is_grad_enabled():
+            return self._function.apply(*values)
+        with torch.no_grad():
+            return self._implementation(*values)
+
+
+def operator(schema: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Operator]:
+    """Makes a function of a schema's values, by position, the operator of its name."""
+    return lambda implementation: Operator(implementation, schema, mutates)
+
+
+PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple}
+
+
+def _watched(values: Iterable[Any]) -> bool:
+    """Whether somebody would notice that an operator was not called: by compiling, by a mode, by tensors of their own
+    kind. Most of this PyTorch tells by private names only.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or not PLAIN.issuperset(map(type, values))
+    )
 
 
 def no_double_backward(ctx, *grads):

@@ -289,10 +289,10 @@ def test_opcheck(backend, budget):
     head = Head(**{n: x.requires_grad_() for n, x in tensors.items()}, lora_scale=0.5, logit_scale=1.0, softcap=5.0)
     call = LinearCall.of(hidden, head, labels, budget=budget, backend=backend)
     assert all(call.needs)
-    opcheck(linear_ops.linear_logps, (), call.to_schema())
+    opcheck(linear_ops.linear_logps.definition, (), call.to_schema())
     _, _, *saved = linear_ops.linear_logps(**call.to_schema())
     plain = {n: x.detach() if isinstance(x, torch.Tensor) else x for n, x in call.to_schema().items()}
-    opcheck(linear_ops.linear_logps_backward, (torch.ones(3, 6), [x.detach() for x in saved]), plain)
+    opcheck(linear_ops.linear_logps_backward.definition, (torch.ones(3, 6), [x.detach() for x in saved]), plain)
 
 
 def test_compiles_without_a_graph_break():

@@ -254,4 +254,4 @@ def test_opcheck(backend):
     hidden, weight, labels = case()
     head = Head.of(weight.requires_grad_(), softcap=5.0)
     call = LinearCall.of(hidden.requires_grad_(), head, labels, budget=3000, token_statistics=True, backend=backend)
-    opcheck(linear_ops.linear_logps, (), call.to_schema())
+    opcheck(linear_ops.linear_logps.definition, (), call.to_schema())

@@ -399,7 +399,7 @@ def check_operators(group, backend):
     columns = Columns(4 * group.rank(), 4, 8, 4, group.group_name)
     torch.manual_seed(0)
     logits, targets = torch.randn(2, 3, 4, requires_grad=True), torch.tensor([[7, -100, 1], [0, 4, -100]])
-    opcheck(sharded.sharded_logps, (), ShardedCall(logits, targets, columns, backend=backend).to_schema())
+    opcheck(sharded.sharded_logps.definition, (), ShardedCall(logits, targets, columns, backend=backend).to_schema())
     # A function of the shard compiles as one graph; a process group is not a tensor, so it comes from outside.
     shard = VocabShard(torch.randn(4, 5, requires_grad=True), group, V=8)
     hidden, labels = torch.randn(2, 3, 5, requires_grad=True), torch.tensor([[-100, 7, 1], [-100, 4, -100]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from napo_loss.backend import accumulation_dtype, no_double_backward, uses_triton
+from napo_loss.backend import accumulation_dtype, no_double_backward, operator, uses_triton
 from napo_loss.logps import eager, factored
 from napo_loss.logps.calls import LinearCall
 from napo_loss.logps.memory import default_budget
@@ -16,7 +16,7 @@ FORWARD = LinearCall.signature(f"({', '.join(['Tensor'] * (2 + len(Saved._fields
 BACKWARD = LinearCall.signature(f"({', '.join(['Tensor'] * len(Gradients._fields))})", grad="Tensor", saved="Tensor[]")
 
 
-@torch.library.custom_op("napo_loss::linear_logps", mutates_args=(), schema=FORWARD)
+@operator(FORWARD)
 def linear_logps(*values) -> tuple[Tensor, ...]:
     """``logp [N, T]``, ``statistics [3, N, T]`` where they are asked for, and the five tensors of
     :class:`napo_loss.logps.records.Saved`; see :class:`napo_loss.logps.factored.Forward`.
@@ -41,7 +41,7 @@ def _(*values):
     return logp, statistics, *Saved.empty(rows, call.hidden, call.head, call.needs, kept=kept)
 
 
-@torch.library.custom_op("napo_loss::linear_logps_backward", mutates_args=(), schema=BACKWARD)
+@operator(BACKWARD)
 def linear_logps_backward(grad: Tensor, saved: list[Tensor], *values) -> tuple[Tensor, ...]:
     """The tensors of :class:`napo_loss.logps.records.Gradients`; empty where not needed."""
     call = LinearCall.from_schema(*values)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from napo_loss.backend import accumulation_dtype, no_double_backward, uses_triton
+from napo_loss.backend import accumulation_dtype, no_double_backward, operator, uses_triton
 from napo_loss.logps import eager
 from napo_loss.logps.calls import LogitsCall
 
@@ -20,7 +20,7 @@ BACKWARD = LogitsCall.signature("Tensor", **SAVED)
 INPLACE = LogitsCall.signature("()", **SAVED).replace("Tensor logits", "Tensor(a!) logits")
 
 
-@torch.library.custom_op("napo_loss::sequence_logps", mutates_args=(), schema=FORWARD)
+@operator(FORWARD)
 def sequence_logps(*values) -> tuple[Tensor, Tensor, Tensor]:
     """``sum [N]``, ``length [N]`` and, for the kernels' backward, ``normalizer [2, N, T]``: float32 (float64 for
     float64). The last holds the peak of each row and its log-total: softmax = exp((x − peak) − log-total)."""
@@ -44,7 +44,7 @@ def _(*values):
     return sums, lengths, call.logits.new_empty(kept, dtype=dtype)
 
 
-@torch.library.custom_op("napo_loss::sequence_logps_backward", mutates_args=(), schema=BACKWARD)
+@operator(BACKWARD)
 def sequence_logps_backward(grad_sum: Tensor, normalizer: Tensor, *values) -> Tensor:
     """``dlogits [N, T, V]`` in the dtype of the logits."""
     call = LogitsCall.from_schema(*values)
@@ -58,11 +58,12 @@ def _(grad_sum, normalizer, *values):
     return torch.empty_like(LogitsCall.from_schema(*values).logits)
 
 
-@torch.library.custom_op("napo_loss::sequence_logps_backward_", mutates_args=("logits",), schema=INPLACE)
+@operator(INPLACE, mutates=("logits",))
 def sequence_logps_backward_(grad_sum: Tensor, normalizer: Tensor, *values) -> None:
     """The same, written over the logits."""
     call = LogitsCall.from_schema(*values)
     _write_dlogits(call.logits, grad_sum, normalizer, call)
+    torch.autograd.graph.increment_version(call.logits)  # autograd sees no kernel write
 
 
 def _write_dlogits(dlogits: Tensor, grad_sum: Tensor, normalizer: Tensor, call: LogitsCall) -> None:

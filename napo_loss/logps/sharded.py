@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from napo_loss.backend import accumulation_dtype, uses_triton
+from napo_loss.backend import accumulation_dtype, operator, uses_triton
 from napo_loss.logps import eager
 from napo_loss.logps.calls import LogitsCall, ShardedCall
 from napo_loss.logps.ops import logits_gradient
@@ -25,7 +25,7 @@ MASKED = -1
 FORWARD = ShardedCall.signature("(Tensor, Tensor, Tensor)")
 
 
-@torch.library.custom_op("napo_loss::sharded_logps", mutates_args=(), schema=FORWARD)
+@operator(FORWARD)
 def sharded_logps(*values) -> tuple[Tensor, Tensor, Tensor]:
     """``logp [N, T]``, 0 where masked, and for backward ``normalizer [2, N, T]``, that of all columns, and the targets
     ``[N, T]`` among these.

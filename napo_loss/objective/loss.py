@@ -29,6 +29,8 @@ from napo_loss.types import NaPOOutput, PreferenceLoss
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+DEFAULT = Recipe()
+
 
 def noise_aware_dpo_loss(
     policy_chosen_logps: Tensor,
@@ -148,7 +150,7 @@ def napo_loss(
         raise misplaced("napo_loss", misplaced_settings)
     beta = checked_beta(beta)
     check_group("process_group", process_group)
-    recipe = recipe or Recipe()
+    recipe = recipe or DEFAULT
     batch = PreferenceBatch.of(
         policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, recipe,
         may_be_empty=process_group is not None,
@@ -216,7 +218,5 @@ def _fused(
         B, by_count = batch.logps.policy_rejected.shape[1], recipe.q_from == "all_pairs"
         call = call.with_means(mean_over_group(own, B, by_count=by_count, process_group=process_group))
     out = ops.Objective(*ops.objective(**call.to_schema()))
-    return NaPOOutput(
-        out.losses, out.chosen_rewards.detach(), out.rejected_rewards.detach(), out.q.detach(), out.weights.detach(),
-        out.moments.detach(),
-    )  # fmt: skip
+    rewards, found = out.rewards.detach(), out.found.detach()
+    return NaPOOutput(out.losses, rewards[0], rewards[1:], found[0], found[1], found[2:])

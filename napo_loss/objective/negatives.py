@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,8 @@ class PreferenceBatch(NamedTuple):
         check_logps(chosen.sum, rejected.sum, ref_chosen, ref_rejected, may_be_empty=may_be_empty)
 
         stacked = rejected.sum.dim() == 2
-        settings = _settings(recipe, names, K=rejected.sum.shape[0] if stacked else 1)
+        settings_of = _settings if torch.compiler.is_compiling() else _settings_once
+        settings = settings_of(recipe, names and tuple(names), rejected.sum.shape[0] if stacked else 1)
         chosen_length = rejected_length = None
         if recipe.average_logps or any(n.margin == "mean" and n.q is None for n in settings.negatives):
             chosen_length = _length("policy_chosen_logps", chosen)
@@ -157,7 +159,7 @@ class _Settings(NamedTuple):
     dynamic: bool
 
 
-def _settings(recipe: Recipe, names: list[str] | None, K: int) -> _Settings:
+def _settings(recipe: Recipe, names: tuple[str, ...] | None, K: int) -> _Settings:
     given = recipe.negatives
     if given is None:
         default = defaults(RELEASED, names, K)
@@ -172,5 +174,8 @@ def _settings(recipe: Recipe, names: list[str] | None, K: int) -> _Settings:
             )
         return _Settings(tuple(given.values()), dynamic)
     if set(given) != set(names):
-        raise ValueError(f"recipe.negatives names {list(given)}, but policy_rejected_logps has {names}")
+        raise ValueError(f"recipe.negatives names {list(given)}, but policy_rejected_logps has {list(names)}")
     return _Settings(tuple(given[name] for name in names), dynamic)
+
+
+_settings_once = lru_cache(maxsize=64)(_settings)  # every step has the same

@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from napo_loss.backend import Call, no_double_backward
+from napo_loss.backend import Call, no_double_backward, operator
 from napo_loss.objective import eager
 from napo_loss.objective.estimators import BOUNDS
 from napo_loss.objective.negatives import BatchLogps, PreferenceBatch
 from napo_loss.objective.recipes import Recipe
 from napo_loss.types import MIN_LENGTH
 
-if TYPE_CHECKING:
-    from napo_loss.kernels.objective_records import Outputs, Settings
+
+NONE = -1.0
+"""No slope, or no q. Not NaN: two of these differ, so that a cache would never find them."""
 
 
 class NegativeNumbers(NamedTuple):
     """The settings of K negatives as numbers, column by column: what a schema can hold, and a cache look up."""
 
-    slope: tuple[float, ...]  # α, of the paper's estimator α·β; NaN for the moment estimator
+    slope: tuple[float, ...]  # α, of the paper's estimator α·β; NONE for the moment estimator
     top: tuple[float, ...]  # q at a margin of -inf
     low: tuple[float, ...]  # the smallest q
     reads_mean: tuple[float, ...]  # 0 or 1
-    fixed_q: tuple[float, ...]  # NaN where q is estimated
+    fixed_q: tuple[float, ...]  # NONE where q is estimated
     weight: tuple[float, ...]
 
     @classmethod
     def of(cls, batch: PreferenceBatch, beta: float) -> NegativeNumbers:
         negatives = batch.negatives
-        factors = {"released": 1.0, "paper": beta, "moment": math.nan}
+        factors = {"released": 1.0, "paper": beta}
         return cls(
-            slope=tuple(float(n.alpha) * factors[n.estimator] for n in negatives),
+            slope=tuple(float(n.alpha) * factors[n.estimator] if n.estimator in factors else NONE for n in negatives),
             top=tuple(2.0 if n.estimator == "released" else 1.0 for n in negatives),
             low=tuple(BOUNDS[n.estimator][0] for n in negatives),
             reads_mean=tuple(float(batch.reads_mean(n)) for n in negatives),
-            fixed_q=tuple(math.nan if n.q is None else float(n.q) for n in negatives),
+            fixed_q=tuple(NONE if n.q is None else float(n.q) for n in negatives),
             weight=tuple(float(n.weight) for n in negatives),
         )
 
@@ -94,73 +94,71 @@ class ObjectiveCall(Call):
         negatives = NegativeNumbers(*(tuple(given.pop(name)) for name in NegativeNumbers._fields))
         return cls(logps=logps, negatives=negatives, **given)
 
-    def launch(self, *, compute_loss: bool) -> Outputs:
+    def launch(self, means: Tensor | None, out: Objective | None) -> None:
+        """Writes ``out``, with ``means`` where they are given; without ``out`` it writes ``means``."""
         from napo_loss.kernels.objective import objective
-        from napo_loss.kernels.objective_records import Constants, Switches
+        from napo_loss.kernels.objective_records import Constants
 
         constants = Constants(eager.MIN_Q, eager.WEIGHT_FLOOR, eager.WEIGHT_PRIOR, eager.MOST_GAIN, MIN_LENGTH)
-        return objective(
+        objective(
             self.logps._asdict(), on_device(self.negatives, self.logps.policy_chosen.device), self.previous_moments,
-            self.means, constants, Switches(self.average, self.dynamic, compute_loss), beta=self.beta,
-            sft_weight=self.sft_weight, decay=self.decay,
+            means, None if out is None else out._asdict(), constants, average=self.average, dynamic=self.dynamic,
+            beta=self.beta, sft_weight=self.sft_weight, decay=self.decay,
         )  # fmt: skip
+
+    def new(self, *shape: int | torch.SymInt) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.logps.policy_chosen.device)
 
 
 @lru_cache(maxsize=64)
-def on_device(numbers: NegativeNumbers, device: torch.device) -> Settings:
-    """Copied once, so that a training step has no host sync."""
-    from napo_loss.kernels.objective_records import Settings
-
-    return Settings(*torch.tensor(numbers, dtype=torch.float32, device=device).unbind())
+def on_device(numbers: NegativeNumbers, device: torch.device) -> Tensor:
+    """``[6, K]``, copied once, so that a training step has no host sync."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
-@torch.library.custom_op("napo_loss::objective_means", mutates_args=(), schema=ObjectiveCall.signature("Tensor"))
+@operator(ObjectiveCall.signature("Tensor"))
 def objective_means(*values: Any) -> Tensor:
     """``[3, K]``: the means of the margin behind q, of its square, and of the margin of the loss, for an all-reduce."""
-    return ObjectiveCall.from_schema(*values).launch(compute_loss=False).means
+    call = ObjectiveCall.from_schema(*values)
+    means = call.new(3, call.logps.policy_rejected.shape[0])
+    call.launch(means, None)
+    return means
 
 
 @objective_means.register_fake
 def _(*values):
-    rejected = ObjectiveCall.from_schema(*values).logps.policy_rejected
-    return rejected.new_empty((3, rejected.shape[0]), dtype=torch.float32)
+    call = ObjectiveCall.from_schema(*values)
+    return call.new(3, call.logps.policy_rejected.shape[0])
 
 
 class Objective(NamedTuple):
-    """What the operator returns."""
+    """What the operator returns, float32: the chosen come before their negatives."""
 
     losses: Tensor  # [B]
-    chosen_rewards: Tensor  # [B]
-    rejected_rewards: Tensor  # [K, B]
-    q: Tensor  # [K]
-    weights: Tensor  # [K]
-    moments: Tensor  # [2, K]
+    rewards: Tensor  # [1 + K, B]
     dlogps: Tensor  # [1 + K, B]: dloss_b/dlogπ
+    found: Tensor  # [4, K]: q, weights and the two moments
+
+    @classmethod
+    def empty(cls, call: ObjectiveCall) -> Objective:
+        K, B = call.logps.policy_rejected.shape
+        return cls(call.new(B), call.new(1 + K, B), call.new(1 + K, B), call.new(4, K))
 
 
-@torch.library.custom_op(
-    "napo_loss::objective", mutates_args=(), schema=ObjectiveCall.signature(f"({', '.join(['Tensor'] * 7)})")
-)
+@operator(ObjectiveCall.signature("(Tensor, Tensor, Tensor, Tensor)"))
 def objective(*values: Any) -> Objective:
-    out = ObjectiveCall.from_schema(*values).launch(compute_loss=True)
-    return Objective(out.losses, out.chosen_rewards, out.rejected_rewards, out.q, out.weights, out.moments, out.dlogps)
+    call = ObjectiveCall.from_schema(*values)
+    out = Objective.empty(call)
+    call.launch(call.means, out)
+    return out
 
 
 @objective.register_fake
 def _(*values):
-    rejected = ObjectiveCall.from_schema(*values).logps.policy_rejected
-    K, B = rejected.shape
-
-    def new(*shape):
-        return rejected.new_empty(shape, dtype=torch.float32)
-
-    return Objective(
-        losses=new(B), chosen_rewards=new(B), rejected_rewards=new(K, B), q=new(K), weights=new(K), moments=new(2, K),
-        dlogps=new(1 + K, B),
-    )  # fmt: skip
+    return Objective.empty(ObjectiveCall.from_schema(*values))
 
 
-@torch.library.custom_op("napo_loss::objective_backward", mutates_args=())
+@operator("(Tensor dlogps, Tensor grad_losses) -> Tensor")
 def objective_backward(dlogps: Tensor, grad_losses: Tensor) -> Tensor:
     """``[1 + K, B]``: the chain rule's last factor. An operator so that a second derivative is an error."""
     return dlogps * grad_losses
@@ -175,8 +173,8 @@ objective_backward.register_autograd(no_double_backward)
 
 
 def _objective_context(ctx, inputs, output):
-    logps = ObjectiveCall.from_schema(*inputs).logps
-    ctx.chosen_dtype, ctx.rejected_dtype = logps.policy_chosen.dtype, logps.policy_rejected.dtype
+    given = ObjectiveCall.named(inputs)
+    ctx.chosen_dtype, ctx.rejected_dtype = given["policy_chosen"].dtype, given["policy_rejected"].dtype
     ctx.save_for_backward(Objective(*output).dlogps)
     ctx.set_materialize_grads(False)
 

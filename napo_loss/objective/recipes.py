@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any, Literal
@@ -205,7 +205,7 @@ SCALE_FREE = Recipe({name: Negative(estimator="moment", weight=1 / 3) for name i
 METHODS = {"released": RELEASED, "paper": PAPER, "scale_free": SCALE_FREE}
 
 
-def defaults(method: Recipe, names: list[str] | None, K: int) -> Recipe:
+def defaults(method: Recipe, names: Sequence[str] | None, K: int) -> Recipe:
     """``method``, one of the three above, for these negatives; ``names`` is None for unnamed rows.
 
     For its own names it is itself. Other sets have its settings by name, each with weight ``1/K``, and nothing but its
@@ -213,7 +213,7 @@ def defaults(method: Recipe, names: list[str] | None, K: int) -> Recipe:
     """
     if names is not None and set(names) == set(method.named):
         return replace(method, negatives={name: method.named[name] for name in names})
-    known = {} if names is None or names == ["rejected"] else method.named
+    known = {} if names is None or list(names) == ["rejected"] else method.named
     other = Negative(estimator=method.named["image_only"].estimator)
     rows = [str(k) for k in range(K)] if names is None else names
     negatives = {name: replace(known.get(name, other), weight=1 / K) for name in rows}
