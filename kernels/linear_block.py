@@ -14,7 +14,7 @@ CHUNK = 4 * BLOCK_V  # columns of a program
 
 
 @triton.jit(
-    do_not_specialize=["first"],
+    do_not_specialize=["normalizer_stride", "first"],
     do_not_specialize_on_alignment=["bias_ptr", "targets_ptr", "normalizer_ptr", "w_ptr"],
 )
 def linear_block_kernel(

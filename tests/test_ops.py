@@ -5,7 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from napo_loss import (
     LowRank,
@@ -194,3 +198,94 @@ def test_one_buffer_goes_back_from_the_objective_to_the_logits(monkeypatch):
     napo_loss(*SequenceLogps(flat, torch.ones(8)).pairs(3), None, None).losses.sum().backward()
     assert seen[0].data_ptr() == written[0].data_ptr()
     torch.testing.assert_close(flat.grad.view(4, 2), written[0])
+
+
+class Seen(TorchDispatchMode):
+    """The names of this library's operators that a mode meets."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "napo_loss":
+            self.names.append(operator._opname)
+        return operator(*args, **(kwargs or {}))
+
+
+NAMES = ["sequence_logps", "objective", "objective_backward", "sequence_logps_backward"]
+
+
+def gradient(logits, labels):
+    return torch.autograd.grad(step(logits, labels)[0], logits)[0]
+
+
+def test_who_watches_meets_the_operators(monkeypatch):
+    monkeypatch.setattr(objective, "_can_fuse", lambda *_: True)
+    logits, labels = example()
+    plain = gradient(logits, labels)
+    with Seen() as seen:
+        assert torch.equal(gradient(logits, labels), plain)
+    assert seen.names == NAMES
+    traced = make_fx(gradient)(logits, labels)
+    called = [node.target._opname for node in traced.graph.nodes if getattr(node.target, "namespace", "") == "napo_loss"]
+    assert called == NAMES
+    torch.testing.assert_close(traced(logits, labels), plain)
+    mode = FakeTensorMode()
+    fake = mode.from_tensor(logits), mode.from_tensor(labels)
+    assert isinstance(sequence_logps(*fake).sum, FakeTensor)  # no mode is on: they bring theirs
+
+
+def test_an_exported_program_holds_the_operator():
+    class Logps(torch.nn.Module):
+        def forward(self, logits, labels):
+            return sequence_logps(logits, labels).sum
+
+    logits, labels = example(requires_grad=False)
+    program = torch.export.export(Logps(), (logits, labels))
+    assert torch.ops.napo_loss.sequence_logps.default in [node.target for node in program.graph.nodes]
+    assert torch.equal(program.module()(logits, labels), Logps()(logits, labels))
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_what_is_written_over_has_another_version(backend):
+    """So that autograd refuses to read what was saved before."""
+    logits, labels = example()
+    x = logits * 1
+    square = (x * x).sum()
+    sequence_logps(x, labels, inplace_backward=True, backend=backend).sum.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+def test_losses_may_be_changed_in_place(monkeypatch):
+    """As trainers do: they are no views of what else the operator returns."""
+    monkeypatch.setattr(objective, "_can_fuse", lambda *_: True)
+    pc = torch.zeros(2, requires_grad=True)
+    losses, chosen, rejected = napo_loss(pc, torch.zeros(2), None, None)
+    losses += 1
+    losses *= torch.tensor([1.0, 0.0])
+    chosen *= 2
+    rejected *= 2
+    losses.sum().backward()
+    assert pc.grad[0] < 0
+    assert pc.grad[1] == 0
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpoints_around_the_head(backend, reentrant):
+    """The saved tensors of a checkpoint may be read once."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(33, 8, requires_grad=True)
+    labels = torch.randint(0, 33, (2, 5))
+
+    def logps(hidden, weight):
+        return linear_sequence_logps(hidden, weight, labels, backend=backend).sum
+
+    logps(hidden, weight).sum().backward()
+    expected = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+    checkpoint(logps, hidden, weight, use_reentrant=reentrant).sum().backward()
+    assert torch.equal(hidden.grad, expected[0])
+    assert torch.equal(weight.grad, expected[1])
