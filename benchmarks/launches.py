@@ -140,12 +140,11 @@ def _objective() -> Cases:
         row, rows = torch.zeros(B), torch.zeros(K, B)
         for average, dynamic in ((False, False), (True, True)):
             logps = BatchLogps(row, rows, row, rows, row, rows)._asdict()
-            both = torch.zeros(1 + K, B)
+            settings, both = torch.zeros(6, K), torch.zeros(1 + K, B)
             out = {"losses": row, "rewards": both, "dlogps": both, "found": torch.zeros(4, K)}
             yield (
                 f"K={K} B={B}" + " average dynamic" * average,
                 partial(
-                    objective, logps, torch.zeros(6, K), None, None, out, constants, average=average, dynamic=dynamic,
-                    beta=0.1,
+                    objective, logps, settings, None, None, out, constants, average=average, dynamic=dynamic, beta=0.1
                 ),
             )

@@ -15,8 +15,8 @@ from napo_loss.kernels.objective_margins import margins, smooth
 from napo_loss.kernels.objective_records import Constants
 from napo_loss.kernels.sigmoid import expm1, log_sigmoid
 
-TILE = 1024  # elements of a [K, B] tile; few pairs have one of SHORT columns: two, so that batches do not compile kernels
-SHORT = 32
+TILE = 1024  # elements of a [K, B] tile
+SHORT = 32  # columns of one for few pairs: two tiles, so that batches do not compile kernels
 OUTPUTS = ("losses", "rewards", "dlogps", "found")
 
 

@@ -66,7 +66,8 @@ class PreferenceBatch(NamedTuple):
 
         stacked = rejected.sum.dim() == 2
         settings_of = _settings if torch.compiler.is_compiling() else _settings_once
-        settings = settings_of(recipe, names and tuple(names), rejected.sum.shape[0] if stacked else 1)
+        K = rejected.sum.shape[0] if stacked else 1
+        settings = settings_of(recipe, None if names is None else tuple(names), K)
         chosen_length = rejected_length = None
         if recipe.average_logps or any(n.margin == "mean" and n.q is None for n in settings.negatives):
             chosen_length = _length("policy_chosen_logps", chosen)

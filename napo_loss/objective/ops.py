@@ -16,7 +16,6 @@ from napo_loss.objective.negatives import BatchLogps, PreferenceBatch
 from napo_loss.objective.recipes import Recipe
 from napo_loss.types import MIN_LENGTH
 
-
 NONE = -1.0
 """No slope, or no q. Not NaN: two of these differ, so that a cache would never find them."""
 
