@@ -289,3 +289,19 @@ def test_activation_checkpoints_around_the_head(backend, reentrant):
     checkpoint(logps, hidden, weight, use_reentrant=reentrant).sum().backward()
     assert torch.equal(hidden.grad, expected[0])
     assert torch.equal(weight.grad, expected[1])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_settings_are_copied_to_the_device_once(compiled, monkeypatch):
+    """Each copy is a host sync."""
+    monkeypatch.setattr(objective, "_can_fuse", lambda *_: True)
+    torch._dynamo.reset()
+    objective_ops.on_device.cache_clear()
+
+    def losses(x):
+        return napo_loss(x, x, None, None, recipe=Recipe(Negative(estimator="moment"))).losses
+
+    function = torch.compile(losses, backend="aot_eager") if compiled else losses
+    for _ in range(3):
+        function(torch.zeros(2))
+    assert objective_ops.on_device.cache_info().misses == 1
