@@ -68,9 +68,9 @@ def spread(
     rows: Tensor,  # [A] indices into N·T, or beyond
     like: Tensor,  # [N, T]
 ) -> Tensor:
-    """``[…, N, T]``, 0 where a position is not active."""
+    """``[…, N, T]``, contiguous as kernels and fakes take it to be; 0 where a position is not active."""
     out = x.new_zeros((*x.shape[:-1], like.numel() + 1)).index_copy_(-1, rows, x)
-    return out[..., :-1].unflatten(-1, like.shape)
+    return out[..., :-1].contiguous().unflatten(-1, like.shape)
 
 
 def gathered(
