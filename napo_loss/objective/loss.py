@@ -29,7 +29,7 @@ from napo_loss.types import NaPOOutput, PreferenceLoss
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-DEFAULT = Recipe()
+DEFAULT = Recipe()  # made, and checked, once
 
 
 def noise_aware_dpo_loss(
@@ -219,4 +219,7 @@ def _fused(
         call = call.with_means(mean_over_group(own, B, by_count=by_count, process_group=process_group))
     out = ops.Objective(*ops.objective(**call.to_schema()))
     rewards, found = out.rewards.detach(), out.found.detach()
-    return NaPOOutput(out.losses, rewards[0], rewards[1:], found[0], found[1], found[2:])
+    return NaPOOutput(
+        losses=out.losses, chosen_rewards=rewards[0], rejected_rewards=rewards[1:], q=found[0], weights=found[1],
+        moments=found[2:],
+    )  # fmt: skip
