@@ -93,6 +93,7 @@ def linear_rows_kernel(
     dlogits_row_ptr = dlogits_ptr + row * dlogits_stride
     target = tl.load(targets_ptr + row).to(tl.int64)
     inside = (target >= 0) & (target < V)
+    target = tl.where(inside, target, 0).to(tl.int32)  # a register less to keep through the loops
     hit = load_scaled(row_ptr, bias_ptr, target, inside, logit_scale, HAS_BIAS, SCALED)
     j = (V - 1) // BLOCK_V * BLOCK_V + tl.arange(0, BLOCK_V)
     last = load_scaled(row_ptr, bias_ptr, j, j < V, logit_scale, HAS_BIAS, SCALED)
@@ -114,6 +115,18 @@ def linear_rows_kernel(
         )  # fmt: skip
     log_total = tl.log(total)
 
+    over, log_over = peak, log_total  # as they are told
+    if STATISTICS:  # where the largest logit is known, it is the peak: then a hit of 0 says that the label is on top
+        tl.store(out_ptr + 4 * rows + row, log_total - tl.log(2.0) * spread / total)
+        tl.store(out_ptr + 5 * rows + row, base + tl.log(2.0) * power_sum / V)
+        over = capped(top, softcap, SOFTCAP)
+        log_over += tl.where(over == float("-inf"), 0.0, base - over)
+    # A label outside the vocabulary cannot be reported from here without a sync: it becomes a NaN.
+    tl.store(out_ptr + row, tl.where(inside, capped(hit, softcap, SOFTCAP) - over, float("nan")))
+    tl.store(out_ptr + rows + row, over)
+    tl.store(out_ptr + 2 * rows + row, log_over)
+    tl.store(out_ptr + 3 * rows + row, logit_scale / total if READ_ONCE else 1.0)
+
     if READ_ONCE:
         write_label(dlogits_row_ptr + target, inside, hit, base, 0.0, total, 1.0, softcap, SOFTCAP)
     elif WRITE_DLOGITS:
@@ -122,16 +135,6 @@ def linear_rows_kernel(
             HAS_BIAS, SCALED, SOFTCAP, BLOCK_V,
         )  # fmt: skip
         write_label(dlogits_row_ptr + target, inside, hit, base, log_total, 1.0, logit_scale, softcap, SOFTCAP)
-    if STATISTICS:  # where the largest logit is known, it is the peak: then a hit of 0 says that the label is on top
-        tl.store(out_ptr + 4 * rows + row, log_total - tl.log(2.0) * spread / total)
-        tl.store(out_ptr + 5 * rows + row, base + tl.log(2.0) * power_sum / V)
-        peak = capped(top, softcap, SOFTCAP)
-        log_total += tl.where(peak == float("-inf"), 0.0, base - peak)
-    # A label outside the vocabulary cannot be reported from here without a sync: it becomes a NaN.
-    tl.store(out_ptr + row, tl.where(inside, capped(hit, softcap, SOFTCAP) - peak, float("nan")))
-    tl.store(out_ptr + rows + row, peak)
-    tl.store(out_ptr + 2 * rows + row, log_total)
-    tl.store(out_ptr + 3 * rows + row, logit_scale / total if READ_ONCE else 1.0)
 
 
 def linear_rows(

@@ -32,6 +32,6 @@ def row_edges(split, start, body, V, ALIGN: tl.constexpr):
 @triton.jit
 def body_share(split, chunk, body, ALIGN: tl.constexpr, BLOCK_V: tl.constexpr):
     """A program's share of a body: whole blocks from ``low`` to ``tail``, and a last one from there to ``high``."""
-    low = split * chunk
+    low = tl.multiple_of(split * chunk, BLOCK_V)  # said here: of the variable of a loop it would be lost
     high = tl.multiple_of(tl.minimum(low + chunk, body), ALIGN)
     return low, low + tl.maximum(high - low - 1, 0) // BLOCK_V * BLOCK_V, high

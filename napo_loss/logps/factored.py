@@ -143,7 +143,7 @@ def _backward_of_columns(
         else:
             part = head.at(columns)
             raw = _raw_logits(h, h_lora_A, part)
-            dlogits = raw if raw.dtype == h.dtype else padded(h, *raw.shape)
+            dlogits = raw if raw.dtype == h.dtype else padded(h, raw.shape[0], raw.shape[1])
             steps.block(raw, targets, part, columns.start, saved.normalizer, w, dlogits)
             del raw
         for gradient, beside in products:
