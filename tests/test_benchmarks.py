@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import re
 from dataclasses import replace
 from itertools import count, pairwise
 from types import SimpleNamespace
@@ -405,6 +406,29 @@ def test_a_share_is_that_of_the_busiest():
     assert count.share(gpu, resident_warps=1) == pytest.approx(0.5 * 256 / 1000)  # loads in flight
     assert gpu.resident_warps(registers=64, num_warps=4) == 32
     assert gpu.resident_warps(registers=16, num_warps=1) == 32  # as many programs as there may be
+
+
+def test_the_table_of_instructions_is_the_committed_one():
+    """The worst of all contiguous cases without a bias or token statistics."""
+    page = (machine.ROOT / "docs/benchmarks.md").read_text()
+    table = dict(re.findall(r"^\| `(l\w+)` \| (.*) \|$", page, re.MULTILINE))
+    with (machine.ROOT / "benchmarks/results/static.csv").open(newline="") as file:
+        found = [r for r in map(compiled.Report.from_row, csv.DictReader(file)) if r.code.instructions_per_element]
+    plain = [r for r in found if not any(word in r.case for word in ("strided", "bias", "statistics"))]
+    assert {r.kernel.removesuffix("_kernel") for r in plain} == set(table)
+    for name, cells in table.items():
+        of_kernel = [r for r in plain if r.kernel == f"{name}_kernel"]
+        most = {
+            soft: [r.code.instructions_per_element for r in of_kernel if ("softcap" in r.case) == soft]
+            for soft in (0, 1)
+        }
+        shares = [
+            min(share for r in of_kernel if (share := getattr(r.code, f"share_{gpu}")) is not None)
+            for gpu in ("a100", "h100", "h200", "b200")
+        ]
+        expected = [max(most[0]), *([max(most[1])] if most[1] else []), *shares]
+        assert [float(x) for x in cells.split(" | ") if x != "–"] == pytest.approx(expected, abs=0.051)
+        assert not any(r.code.barriers_per_iteration for r in of_kernel)
 
 
 def test_kernels_that_got_worse_fail():
