@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -55,11 +55,12 @@ class NaPOTrainer(OneHead):
     ``rewards/margins``, ``rewards/accuracies`` and ``logits/rejected`` are means over all negatives.
 
     Args:
-        model, ref_model: as TRL takes them.
+        model: a model or its name, as TRL takes it.
+        ref_model: the reference, if it is another.
         args: a :class:`NaPOConfig`, or any ``DPOConfig``, beside which the defaults of the former hold.
         recipe: a :class:`napo_loss.Recipe`, or the name of one (``"released"``, ``"paper"``, ``"scale_free"``), for the
             loss settings of ``args``.
-        kwargs: the others of ``DPOTrainer``.
+        **kwargs: the others of ``DPOTrainer``.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "dpo", "napo"]
@@ -68,7 +69,13 @@ class NaPOTrainer(OneHead):
     loss_is_scaled_for_ga = False
 
     def __init__(
-        self, model, ref_model=None, args: DPOConfig | None = None, *, recipe: Recipe | str | None = None, **kwargs
+        self,
+        model: torch.nn.Module | str,
+        ref_model: torch.nn.Module | str | None = None,
+        args: DPOConfig | None = None,
+        *,
+        recipe: Recipe | str | None = None,
+        **kwargs: Any,
     ):
         settings = Settings(NaPOConfig("napo") if args is None else args, recipe)
         args = settings.args
