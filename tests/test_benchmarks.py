@@ -32,6 +32,7 @@ from benchmarks.__main__ import main
 from benchmarks.record import Row, compare, merge, read_rows, write_rows
 from benchmarks.sass import Instruction, innermost_loops
 from benchmarks.shapes import ACTIVE, MODELS, Shape, linear_shapes, logits_shapes, with_image
+from draws import quick
 from napo_loss import napo_loss, reference
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -47,21 +48,17 @@ def given(provider, *arguments):
         pytest.skip(runner.reason(error))
 
 
-COMPILED = "torch.compile", "Liger, compiled", "CCE, compiled"
+COMPILED = {"torch.compile", "Liger, compiled", "CCE, compiled"}
 
 
-def slow_if(slow, names):
-    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
-
-
-@pytest.mark.parametrize("name", slow_if(COMPILED, linear_providers.PROVIDERS))
+@pytest.mark.parametrize("name", quick(linear_providers.PROVIDERS.keys() - COMPILED, linear_providers.PROVIDERS))
 def test_linear_providers_agree(name):
     sets, labels = linear.make_inputs(TINY, "float32", 1), logits.make_labels(TINY, 0.5)
     results = [given(linear.start(provider, sets, labels, "trained")) for provider in ("eager", name)]
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", slow_if(COMPILED, logits.PROVIDERS))
+@pytest.mark.parametrize("name", quick(logits.PROVIDERS.keys() - COMPILED, logits.PROVIDERS))
 def test_logits_providers_agree(name):
     x = torch.randn(TINY.N, TINY.T, TINY.V).to(measure.DEVICE)
     labels = logits.make_labels(TINY, 0.5)
@@ -71,7 +68,7 @@ def test_logits_providers_agree(name):
     torch.testing.assert_close(*steps, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", slow_if(COMPILED, objective.PROVIDERS))
+@pytest.mark.parametrize("name", quick(objective.PROVIDERS.keys() - COMPILED, objective.PROVIDERS))
 @pytest.mark.parametrize("K", [1, 3])
 def test_objective_providers_agree(name, K):
     results = [objective.step(objective.PROVIDERS[p], objective.make_inputs(5, K)) for p in ("eager", name)]
@@ -282,7 +279,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads the peak memory from Linux's /proc")
-@pytest.mark.parametrize("suite", slow_if(["end_to_end", "linear", "logits"], runner.SHARES))
+@pytest.mark.parametrize("suite", quick(["objective"], runner.SHARES))
 def test_a_quick_run_of_each_suite(suite, folder, rates):
     rows = suites.run_suites([suite], quick=True)
     stem = folder / machine.file_stem()

@@ -101,6 +101,19 @@ def test_no_host_sync():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def captured(step):
+    """The graph of a step, and what the step gave while it was captured: what replaying writes into."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    return graph, found
+
+
 def test_cuda_graph_capture():
     logits, labels = example(8, 33, 5003, torch.float32)
     ref, upstream = torch.zeros(4, 2, device="cuda"), torch.ones(2, device="cuda")
@@ -109,14 +122,7 @@ def test_cuda_graph_capture():
         losses = loss_of(logits, labels, ref)
         return losses, torch.autograd.grad(losses, logits, upstream)[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        losses, grad = step()
+    graph, (losses, grad) = captured(step)
     with torch.no_grad():
         logits.mul_(0.5)
     graph.replay()
@@ -134,18 +140,11 @@ def test_cuda_graph_capture_from_hidden_states():
         sums = linear_sequence_logps(hidden, weight, labels, max_active=100, logits_budget=2**24).sum
         return sums, *torch.autograd.grad(sums.sum(), (hidden, weight))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, found = captured(step)
     with torch.no_grad():
         hidden.mul_(0.5)
     graph.replay()
-    for a, b in zip(captured, step(), strict=True):
+    for a, b in zip(found, step(), strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import tiny
+from draws import quick
 from napo_loss import fused_head, sequence_logps
 
 IDS = torch.randint(4, 20, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -62,10 +63,8 @@ graph_breaks = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tenso
 
 
 @graph_breaks
-@pytest.mark.parametrize(
-    "compiled", [*(pytest.param(x, marks=pytest.mark.slow) for x in (outside, in_place)), by_region]
-)
-@pytest.mark.parametrize("used_before", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("compiled", quick([by_region], [outside, in_place, by_region]))
+@pytest.mark.parametrize("used_before", quick([True], [False, True]))
 def test_compiled_models(compiled, used_before):
     torch.compiler.reset()
     model = compiled(tiny.llama())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
-from draws import examples
+from draws import examples, quick
 from napo_loss import LowRank, linear_sequence_logps, reference, sequence_logps
 from napo_loss.logps import factored, gemm, linear_ops
 from napo_loss.logps.calls import LinearCall
@@ -162,7 +162,7 @@ def test_nothing_active(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("budget", [pytest.param(4000, marks=pytest.mark.slow), 2**30])
+@pytest.mark.parametrize("budget", quick([2**30], [4000, 2**30]))
 def test_runs_are_bit_identical(backend, budget):
     args = example(6, 4, 8, 16, 500, dtype=torch.bfloat16)
     runs = [
@@ -282,7 +282,7 @@ def test_wrong_offsets_on_a_gpu_are_nan(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("budget", [3000, pytest.param(2**30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("budget", quick([3000], [3000, 2**30]))
 def test_opcheck(backend, budget):
     tensors, labels, _, _ = example(12)
     hidden = tensors.pop("hidden").requires_grad_()

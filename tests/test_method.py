@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from draws import quick
 from napo_loss import (
     PAPER,
     RELEASED,
@@ -221,9 +222,9 @@ def recipe_on_ranks(group, method, seed, fused):
         torch.testing.assert_close(ours.double(), theirs.detach(), **close)
 
 
-@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("fused", quick([True], [False, True]))
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("W", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("W", quick([2], [2, 4]))
 def test_the_recipes_on_ranks_are_those_of_one_process(ranks, W, method, fused):
     for seed in range(3):
         ranks.run(W, recipe_on_ranks, method, seed, fused)

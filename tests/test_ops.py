@@ -11,6 +11,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from draws import quick
 from napo_loss import (
     LowRank,
     NaPOLoss,
@@ -131,7 +132,7 @@ def of_floats():
     }
 
 
-@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fused", quick([False], [False, True]))
 @pytest.mark.parametrize("name", of_floats())
 def test_a_second_float_compiles_too(name, fused, monkeypatch):
     """The first is a constant to torch.compile, from the second on a symbol: checks must take one for a number."""

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import processes
 import scale
+from draws import quick
 from napo_loss import (
     Negative,
     Recipe,
@@ -316,7 +317,7 @@ def fails(rank, folder, how):
     Path(folder, f"{rank} noticed nothing").touch()
 
 
-@pytest.mark.parametrize("how", [pytest.param("dies", marks=pytest.mark.slow), "another K"])
+@pytest.mark.parametrize("how", quick(["another K"], ["dies", "another K"]))
 def test_a_rank_that_dies_or_disagrees_is_an_error_and_no_hang(how, tmp_path):
     with pytest.raises((torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException)):
         torch.multiprocessing.spawn(fails, (str(tmp_path), how), nprocs=2)

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 
 import tiny
+from draws import quick
 from napo_loss import napo_loss
 from napo_loss.trl import NaPOConfig, NaPOTrainer
 from napo_loss.trl.batch import KEY
@@ -73,9 +74,7 @@ def assert_same(one, split, micro_batches, tolerance=1e-5):
         torch.testing.assert_close(q, p, rtol=tolerance, atol=tolerance / 10, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
-)
+@pytest.mark.parametrize("name", quick(QUICK, OPTIONS))
 def test_a_batch_of_four_in_one_two_and_four_pieces(name, tmp_path):
     one, two, four = (run(tmp_path, B, 4 // B, **copy.deepcopy(OPTIONS[name])) for B in (4, 2, 1))
     assert len(one.gradients) == 2
@@ -87,7 +86,7 @@ def test_a_batch_of_four_in_one_two_and_four_pieces(name, tmp_path):
 
 
 @pytest.mark.parametrize(("B", "micro_batches"), [(4, 2), (3, 3), (2, 4), (6, 2)])
-@pytest.mark.parametrize("name", [pytest.param("released", marks=pytest.mark.slow), "average_logps, sft_weight"])
+@pytest.mark.parametrize("name", quick(["average_logps, sft_weight"], ["released", "average_logps, sft_weight"]))
 def test_a_ragged_last_micro_batch(name, B, micro_batches, tmp_path):
     one, split = (run(tmp_path, *shape, rows=7, **OPTIONS[name]) for shape in ((7, 1), (B, micro_batches)))
     assert len(one.gradients) == 1
@@ -144,7 +143,7 @@ def test_what_it_costs(tmp_path):
         assert trainer.policy - trainer.reference == passes * steps
 
 
-@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
+@pytest.mark.parametrize("dropout", quick([0.5], [0.0, 0.5]))
 def test_random_numbers_are_left_alone(dropout, tmp_path, monkeypatch):
     """With a fixed q the pass changes nothing, dropout included: the step draws what it would have drawn."""
     once = tiny.llama

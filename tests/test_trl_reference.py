@@ -17,6 +17,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 import tiny
+from draws import quick
 from napo_loss import napo_loss
 from napo_loss.trl import NaPOConfig, NaPOTrainer
 from trainers import NAMES, QUIET, TRL, Recorded, Version, arguments, gradients, logps_by_hand, pairs, trainer_for
@@ -52,7 +53,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [x if x == "bfloat16" else pytest.param(x, marks=pytest.mark.slow) for x in DTYPES])
+@pytest.mark.parametrize("dtype", quick(["bfloat16"], DTYPES))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rewards_before_the_first_step_are_zero(variant, dtype, tmp_path):
     options = {**VARIANTS[variant], **DTYPES[dtype], "max_steps": 1}

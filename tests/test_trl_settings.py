@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig
 
 import tiny
+from draws import quick
 from napo_loss import Negative, Recipe
 from napo_loss.objective.recipes import METHODS
 from napo_loss.trl import NaPOConfig, NaPOTrainer
@@ -145,9 +146,7 @@ class Theirs(DPOConfig):
     chat_template: str | None = None
 
 
-@pytest.mark.parametrize(
-    "config", [*(pytest.param(x, marks=pytest.mark.slow) for x in (DPOConfig, NaPOConfig)), Theirs]
-)
+@pytest.mark.parametrize("config", quick([Theirs], [DPOConfig, NaPOConfig, Theirs]))
 def test_a_recipe_in_place_of_settings(config, tmp_path):
     assert recipe_of("paper", tmp_path, config).recipe == METHODS["paper"]
     assert recipe_of("scale_free", tmp_path, config, ["rejected"]).recipe.named["rejected"].estimator == "moment"

@@ -9,6 +9,7 @@ import transformers
 import zoo
 import zoo_inputs
 import zoo_settings
+from draws import quick
 from napo_loss import SequenceLogps
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what models of all years warn of
@@ -22,9 +23,7 @@ QUICK = {  # plain, softcapped, scaled, with bias, with images, over a text mode
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SPECIMENS]
-)
+@pytest.mark.parametrize("name", quick(QUICK, SPECIMENS))
 def test_log_probs_and_gradients_are_the_models_own_or_it_is_refused_by_name(name):
     line = zoo.row(name, SPECIMENS[name], zoo.examine(SPECIMENS[name]))
     assert line in PAGE.splitlines() or not OF_THIS_VERSION, "python tests/zoo.py makes docs/models.md anew"

@@ -102,8 +102,7 @@ def backward(
         dlogits_lora_B = unit_w[:, None] * saved.unit_dlogits_lora_B  # [A, r]
         product = mm_float32(dlogits_lora_B.t(), h.to(full)).mul_(head.lora_scale)
         dlora_A = steps.reduce(product).to(head.lora_A.dtype)
-    kept = saved.unit_dlogits.numel() > 0
-    per_column = _backward_of_columns(h, unit_w if kept else w, call, saved, budget, steps)
+    per_column = _backward_of_columns(h, unit_w if saved.keeps_dlogits else w, call, saved, budget, steps)
     return per_column._replace(hidden=dhidden, lora_A=dlora_A)
 
 
@@ -119,7 +118,7 @@ def _backward_of_columns(
     head, needs, V = call.head, call.needs, call.head.weight.shape[0]
     targets = _gather(call.targets, saved.rows, call)  # [A]
     h_lora_A = _times_lora_A(h, head)
-    kept = saved.unit_dlogits.numel() > 0
+    kept = saved.keeps_dlogits
 
     def factor(x: Tensor) -> Tensor:
         """What dlogitsᵀ is multiplied by. The weight w goes into what is made anew: x where dlogits were kept."""

@@ -18,7 +18,7 @@ BACKWARD = LinearCall.signature(f"({', '.join(['Tensor'] * len(Gradients._fields
 
 @operator(FORWARD)
 def linear_logps(*values) -> tuple[Tensor, ...]:
-    """``logp [N, T]``, ``statistics [3, N, T]`` where they are asked for, and the five tensors of
+    """``logp [N, T]``, ``statistics [3, N, T]`` where they are asked for, and the tensors of
     :class:`napo_loss.logps.records.Saved`; see :class:`napo_loss.logps.factored.Forward`.
     """
     call = LinearCall.from_schema(*values)

@@ -130,6 +130,10 @@ class Saved(NamedTuple):
     unit_dlogits_lora_B: Tensor  # [A, r] in full precision: their product
     unit_dlogits: Tensor  # [A, V] in the dtype of the factors, if kept
 
+    @property
+    def keeps_dlogits(self) -> bool:
+        return self.unit_dlogits.numel() > 0
+
     @classmethod
     def empty(cls, rows: Tensor, hidden: Tensor, head: Head, needs: Needs, *, kept: int | torch.SymInt) -> Saved:
         """Memory to write into, for ``rows [A]``; ``kept``: rows of dlogits, A or none."""
