@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -39,7 +41,10 @@ def objective(
     process_group: ProcessGroup | None,
     means: Tensor | None = None,  # [3, K], where they are of more than this batch, smoothed already
 ) -> NaPOOutput:
-    """The objective in plain tensor operations, differentiable any number of times."""
+    """The objective in plain tensor operations, differentiable any number of times.
+
+    At a few hundred numbers every operation costs the same, so what Python knows is not asked of tensors.
+    """
     chosen, rejected, psi, seen = margins_of(batch)
     if means is None:
         by_count = recipe.q_from == "all_pairs"
@@ -48,14 +53,15 @@ def objective(
     if recipe.q_from == "each_pair":
         moments = torch.stack([seen, seen * seen])  # [2, K, B]
     moments = smooth(moments, previous_moments, recipe.decay)
-    q = torch.stack([_q_of_negative(n, Moments(*moments[:, k]), beta) for k, n in enumerate(batch.negatives)])
-    if batch.dynamic:
-        weights = dynamic_weights(margins)
-    else:
-        weights = torch.stack([torch.full_like(margins[k], n.weight) for k, n in enumerate(batch.negatives)])
-    losses = box_cox(beta * psi, q if q.dim() == 2 else q[:, None])
-    # What has no weight is not there: zero times the infinite loss of a sequence that the policy excludes would be NaN.
-    losses = torch.where(weights[:, None] == 0, 0.0, weights[:, None] * losses).sum(0)
+    q = _q_of_negatives(batch.negatives, moments, beta)
+    weights = dynamic_weights(margins) if batch.dynamic else _fixed_weights(batch.negatives, margins)
+    log_p = F.logsigmoid(beta * psi)
+    losses = _transform(log_p, q if q.dim() == 2 else q[:, None], least=min(map(_least_q, batch.negatives)))
+    losses = weights[:, None] * losses
+    if not batch.dynamic and any(n.weight == 0 for n in batch.negatives):
+        # What has no weight is not there: zero times the infinite loss of an excluded sequence would be NaN.
+        losses = torch.where(weights[:, None] == 0, 0.0, losses)
+    losses = losses.sum(0)
     if recipe.sft_weight:
         losses = losses - sft_of(batch, recipe)
     return NaPOOutput(losses, (beta * chosen).detach(), (beta * rejected).detach(), q.detach(), weights, moments)
@@ -90,13 +96,16 @@ def margins_of(batch: PreferenceBatch) -> Margins:
         if batch.average:
             chosen, rejected = chosen / chosen_length, rejected / rejected_length
     psi = by_mean if batch.average else by_sum
-    seen = [(by_mean if n.q is None and batch.reads_mean(n) else psi)[k] for k, n in enumerate(batch.negatives)]
-    return Margins(chosen, rejected, psi, torch.stack(seen).detach())
+    seen = psi.detach()
+    if by_mean is not psi and any(n.q is None and n.margin == "mean" for n in batch.negatives):
+        both = by_mean.detach(), seen
+        seen = torch.stack([both[n.q is not None or n.margin == "sum"][k] for k, n in enumerate(batch.negatives)])
+    return Margins(chosen, rejected, psi, seen)
 
 
 def means_of(psi: Tensor, seen: Tensor) -> Tensor:
     """``[3, K]``: the means of the margin behind q, of its square, and of the margin of the loss."""
-    return torch.stack([seen.mean(-1), (seen * seen).mean(-1), psi.detach().mean(-1)])
+    return torch.stack([seen, seen * seen, psi.detach()]).mean(-1)
 
 
 def dynamic_weights(margins: Tensor) -> Tensor:
@@ -118,12 +127,31 @@ def box_cox(x: Tensor, q: float | Tensor) -> Tensor:
     """``(1 − σ(x)^q)/q`` without its pitfalls: exact at q = 0, no overflow and no NaN gradient at any x."""
     log_p = F.logsigmoid(x)
     if not isinstance(q, Tensor):
-        return -log_p if q < MIN_Q else -torch.expm1(q * log_p) / q
+        return -log_p if q < MIN_Q else F.elu(q * log_p) / -q
     q = q.detach().to(x.dtype)
-    q = torch.where((q >= 0) & (q <= 1), q, torch.nan)
+    return _transform(log_p, torch.where((q >= 0) & (q <= 1), q, torch.nan))
+
+
+def _transform(log_p: Tensor, q: Tensor, least: float = 0.0) -> Tensor:
+    """``(1 − p^q)/q`` of q NaN or in [``least``, 1]."""
+    # elu(y) is expm1(y) where y <= 0; its gradient is exp(y), that of expm1 is (result + 1), which cancels.
+    if least >= MIN_Q:
+        return F.elu(q * log_p) / -q
     # Both sides of `where` are differentiated, so neither may divide by zero, or multiply it by infinity.
-    safe_q = torch.where(q < MIN_Q, 1.0, q)
-    return torch.where(q < MIN_Q, -log_p, -torch.expm1(safe_q * log_p) / safe_q)
+    safe_q = q.clamp_min(MIN_Q)
+    return torch.where(q < MIN_Q, -log_p, F.elu(safe_q * log_p) / -safe_q)
+
+
+def _least_q(negative: Negative) -> float:
+    return BOUNDS[negative.estimator][0] if negative.q is None else negative.q
+
+
+def _q_of_negatives(negatives: Sequence[Negative], moments: Tensor, beta: float | Tensor) -> Tensor:
+    """``[K]``, or ``[K, B]``: at once where all have one rule, as one negative has."""
+    first = negatives[0]
+    if all(n == first or replace(n, weight=first.weight) == first for n in negatives):
+        return _q_of_negative(first, Moments(*moments), beta)
+    return torch.stack([_q_of_negative(n, Moments(*moments[:, k]), beta) for k, n in enumerate(negatives)])
 
 
 def _q_of_negative(negative: Negative, moments: Moments, beta: float | Tensor) -> Tensor:
@@ -132,6 +160,13 @@ def _q_of_negative(negative: Negative, moments: Moments, beta: float | Tensor) -
     # The paper prints β inside the margin that q is read from; the released code does not run it so.
     alpha = negative.alpha * beta if negative.estimator == "paper" else negative.alpha
     return q_of(moments, negative.estimator, alpha, BOUNDS[negative.estimator])
+
+
+def _fixed_weights(negatives: Sequence[Negative], margins: Tensor) -> Tensor:
+    """``[K]``, made where the margins are, without a copy from the host that a GPU would wait for."""
+    if all(n.weight == negatives[0].weight for n in negatives):
+        return torch.full_like(margins, negatives[0].weight)
+    return torch.stack([torch.full_like(margins[k], n.weight) for k, n in enumerate(negatives)])
 
 
 def log_ratio(policy: Tensor, reference: Tensor | None) -> Tensor:
