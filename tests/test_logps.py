@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 
 from draws import examples
 from napo_loss import reference, sequence_logps
-from napo_loss.logps import eager
+from napo_loss.logps import active
 
 BACKENDS = ["eager", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -209,16 +209,28 @@ def test_inplace_backward_cannot_be_run_twice():
         loss.backward()
 
 
-def test_eager_memory_is_bounded(monkeypatch):
-    """However long the batch, no upcast copy holds more than a chunk of active rows."""
-    sizes = []
-    rows = eager._active_rows
-    monkeypatch.setattr(eager, "CHUNK_BYTES", 3 * 50 * 4)
-    monkeypatch.setattr(eager, "_active_rows", lambda *a: (sizes.append(len(nt[0])) or nt for nt in rows(*a)))
+@pytest.mark.parametrize("mask", ["completion", "every other"])
+def test_eager_memory_is_bounded(monkeypatch, mask):
+    """However long the batch, no upcast copy holds more than a chunk of active rows, of a view or of a gather."""
+    chunks = []
+    made = active.ActiveRows.chunks
+
+    def watched(*given):
+        for chunk in made(*given):
+            chunks.append(chunk)
+            yield chunk
+
+    monkeypatch.setattr(active, "CHUNK_BYTES", 3 * 50 * 4)
+    monkeypatch.setattr(active.ActiveRows, "chunks", watched)
     logits, labels, _, upstream = example(9, 4, 9, 50, torch.bfloat16)
+    counts = torch.arange(9) >= 4 if mask == "completion" else torch.arange(9) % 2 == 0
+    labels = labels.masked_fill(labels == -100, 1).where(counts, -100)
     assert_matches(logits, labels, upstream, backend="eager")
+    sizes = [chunk.rows.stop - chunk.rows.start for chunk in chunks]
     assert max(sizes) == 3
+    assert all(chunk.z.untyped_storage().nbytes() == 3 * 50 * 4 for chunk in chunks)
     assert sum(sizes) == 2 * (labels[:, 1:] != -100).sum()
+    assert {type(chunk.at[1]) for chunk in chunks} == {slice if mask == "completion" else torch.Tensor}
 
 
 # Bad input

@@ -89,18 +89,19 @@ def test_the_setting_of_whoever_trains_is_as_it_was(as_on_a_gpu, setting):
 
 
 @examples(100)
-@given(st.integers(0, 5000), st.integers(0, 1000))
-def test_chunks_are_balanced(size, most):
-    found = gemm.balanced(size, most)
+@given(st.integers(0, 5000), st.integers(0, 1000), st.sampled_from(["cpu", "cuda"]))
+def test_chunks_are_balanced(size, most, device_type):
+    tile = {"cpu": gemm.CPU_TILE, "cuda": gemm.TILE}[device_type]
+    found = gemm.balanced(size, most, device_type)
     widths = [x.stop - x.start for x in found]
     assert [i for x in found for i in (x.start, x.stop)][1:-1] == [i for x in found[1:] for i in (x.start, x.start)]
     assert sum(widths) == size
     assert all(0 < width <= max(1, most) for width in widths)
-    if most >= gemm.TILE:
-        assert all(x.start % gemm.TILE == 0 for x in found)
-        assert len(found) <= -(-size // (most // gemm.TILE * gemm.TILE))
+    if most >= tile:
+        assert all(x.start % tile == 0 for x in found)
+        assert len(found) <= -(-size // (most // tile * tile))
     if len(widths) > 1:
-        assert max(widths) - min(widths) <= len(widths) * (gemm.TILE if most >= gemm.TILE else 1)
+        assert max(widths) - min(widths) <= len(widths) * (tile if most >= tile else 1)
 
 
 @pytest.mark.parametrize("A", [1, 100, 3000])

@@ -6,30 +6,17 @@ of them at a time, so that never more than ``CHUNK_BYTES`` of upcast logits exis
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from napo_loss.backend import accumulation_dtype
+from napo_loss.logps.active import CHUNK_BYTES, ActiveRows, is_active
 from napo_loss.logps.gemm import blocks
-from napo_loss.logps.tokens import aligned_weights, targets, weighted
+from napo_loss.logps.tokens import aligned_weights, weighted
 from napo_loss.parallel.columns import Rows
 
 LEAST = -200.0
 """Nats below the peak beyond which an exponential is 0, and 0 times it: a logit of -inf adds nothing to an entropy."""
-CHUNK_BYTES = 4 * 2**20
-"""Upcast logits held at a time: a few rows of a large vocabulary, small enough to stay in a CPU's cache."""
-
-
-class _ActiveRows(NamedTuple):
-    """Positions that count: ``logits[n, t]`` predicts ``target``."""
-
-    n: Tensor  # [rows]
-    t: Tensor  # [rows]
-    target: Tensor  # [rows, 1], 0 where it is outside the vocabulary
-    inside: Tensor  # [rows, 1]
 
 
 def logps_forward(
@@ -42,10 +29,15 @@ def logps_forward(
     dtype = accumulation_dtype(logits)
     check_range(labels, logits.shape[-1], ignore_index)
     logps = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
-    for n, t, target, inside in _active_rows(logits, labels, shift, ignore_index):
-        # One vectorised pass on a CPU, where logsumexp takes three.
-        log_p = logits[n, t].log_softmax(-1, dtype=dtype)
-        logps[n, t] = log_p.gather(1, target).where(inside, torch.nan).squeeze(1)
+    active = ActiveRows.of(logits, labels, shift, ignore_index)
+    # The labels' logits of all rows at once: at small V the number of operations counts, not their size.
+    hit = logits[active.n, active.t, active.target.squeeze(1)].to(dtype)
+    log_totals = torch.empty_like(hit)
+    for rows, _, z in active.chunks(logits):
+        peak = z.amax(1, keepdim=True)
+        torch.sum(z.sub_(peak).exp_(), 1, out=log_totals[rows])
+        hit[rows] -= peak.squeeze(1)
+    logps[active.n, active.t] = (hit - log_totals.log_()).where(active.inside.squeeze(1), torch.nan)
     return logps
 
 
@@ -68,12 +60,12 @@ def token_rows(
     ignore_index: int,
 ) -> Rows:
     """Of active positions ``[A]``."""
-    found = [logits.new_empty((4, 0), dtype=accumulation_dtype(logits))]
-    for n, t, target, inside in _active_rows(logits, targets, 0, ignore_index):
-        z = logits[n, t].to(found[0].dtype)  # a copy, as any gather
-        hit, peak = _less_peak(z, target, inside)
-        found.append(torch.cat([hit, peak, z.exp_().sum(1, keepdim=True).log_(), torch.ones_like(hit)], 1).t())
-    return Rows.of(torch.cat(found, 1))
+    active = ActiveRows.of(logits, targets, 0, ignore_index)
+    found = logits.new_ones((4, len(active.n)), dtype=accumulation_dtype(logits))
+    for rows, _, z in active.chunks(logits):
+        hit, peak = _less_peak(z, active.target[rows], active.inside[rows])
+        found[:3, rows] = torch.cat([hit, peak, z.exp_().sum(1, keepdim=True).log_()], 1).t()
+    return Rows.of(found)
 
 
 def _less_peak(
@@ -99,44 +91,27 @@ def logps_backward(
 ) -> None:
     """Writes ``dlogits`` (every element), which may be ``logits`` itself."""
     w = grad_sum[:, None] * _aligned_weights(labels, token_weights, shift, ignore_index, grad_sum.dtype)
-    for n, t, target, inside in _active_rows(logits, labels, shift, ignore_index):
-        row_w = w[n, t, None]
+    active = ActiveRows.of(logits, labels, shift, ignore_index)
+    weights = w[active.n, active.t, None]
+    hits = weights.where(active.inside, 0)
+    if normalizer.numel():
+        peaks, log_totals = normalizer[:, active.n, active.t, None]
+    for chunk in active.chunks(logits):
+        rows, _, z = chunk
         if normalizer.numel():
-            peak, log_total = normalizer[:, n, t, None]
-            row = logits[n, t].to(w.dtype).sub_(peak).sub_(log_total).exp_().mul_(-row_w)
+            z.sub_(peaks[rows]).sub_(log_totals[rows]).exp_()
         else:
-            row = logits[n, t].softmax(-1, dtype=w.dtype).mul_(-row_w)
-        row.scatter_add_(1, target, row_w.where(inside, 0))
-        dlogits[n, t] = row.to(dlogits.dtype)
-    dlogits[~_active(labels, shift, ignore_index)] = 0
-
-
-def _active(labels: Tensor, shift: int, ignore_index: int) -> Tensor:
-    """``[N, T]``: whether the logits at (n, t) predict a label that counts."""
-    return targets(labels, bool(shift), ignore_index) != ignore_index
-
-
-def _active_rows(
-    logits: Tensor,  # [N, T, V]
-    labels: Tensor,  # [N, T]
-    shift: int,
-    ignore_index: int,
-) -> Iterator[_ActiveRows]:
-    """In chunks."""
-    V = logits.shape[-1]
-    rows = _active(labels, shift, ignore_index).nonzero()
-    for chunk in rows.split(max(1, CHUNK_BYTES // (V * accumulation_dtype(logits).itemsize))):
-        n, t = chunk.unbind(1)
-        target = labels[n, t + shift, None].long()
-        inside = (target >= 0) & (target < V)
-        yield _ActiveRows(n, t, target.where(inside, 0), inside)
+            torch.softmax(z, -1, out=z)
+        z.mul_(-weights[rows]).scatter_add_(1, active.target[rows], hits[rows])
+        chunk.leave(dlogits)
+    dlogits[~is_active(labels, shift, ignore_index)] = 0
 
 
 def _aligned_weights(
     labels: Tensor, token_weights: Tensor | None, shift: int, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
     """``[N, T]``: the weight with which the logits at (n, t) count, 0 where they are masked."""
-    return aligned_weights(_active(labels, shift, ignore_index), token_weights, bool(shift), dtype)
+    return aligned_weights(is_active(labels, shift, ignore_index), token_weights, bool(shift), dtype)
 
 
 def check_range(labels: Tensor, V: int, ignore_index: int) -> None:

@@ -47,7 +47,7 @@ def forward(call: LinearCall, budget: int, steps: Steps) -> Forward:
     logp = hidden.new_empty(A, dtype=full)
     statistics = hidden.new_empty((3, A) if call.token_statistics else 0, dtype=full)
     saved = Saved.empty(rows, hidden, head, needs, kept=A if keep else 0)
-    for chunk in balanced(A, rows_at_a_time(hidden, steps.width(V), scratch)):
+    for chunk in balanced(A, rows_at_a_time(hidden, steps.width(V), scratch), hidden.device.type):
         h = _gather(hidden, rows[chunk], call)
         kept = saved.unit_dlogits[chunk] if keep else None
         raw = _raw_logits(h, _times_lora_A(h, head), head, out=kept if hidden.dtype == full else None)

@@ -20,6 +20,8 @@ UPCAST_BYTES = 16 * 2**20
 """Float32 copies of half-precision factors held at a time, where no product of the two keeps float32."""
 TILE = 128
 """Rows and columns of a tile of a product: what is cut into pieces is cut between tiles."""
+CPU_TILE = 16
+"""Rows of one on a CPU, which wins more by pieces of the same size than by whole tiles."""
 
 
 def mm_float32(
@@ -88,9 +90,12 @@ def blocks(size: int, width: int) -> list[slice]:
     return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 
-def balanced(size: int, most: int) -> list[slice]:
-    """As :func:`blocks`, but of about the same width, without a small rest; whole tiles where one fits."""
-    tile = TILE if most >= TILE else 1
+def balanced(size: int, most: int, device_type: str) -> list[slice]:
+    """As :func:`blocks`, but of about the same width, without a small rest; whole tiles where it is not all one."""
+    if size <= most:
+        return blocks(size, most)
+    tile = TILE if device_type == "cuda" else CPU_TILE
+    tile = tile if most >= tile else 1
     most = max(1, most // tile * tile)
     width = -(-size // max(1, -(-size // most)))
     return blocks(size, -(-width // tile) * tile)
