@@ -217,6 +217,7 @@ class NaPOTrainer(OneHead):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        moments = load_moments(checkpoint, self.negatives, self.accelerator.device)
+        smoothed = self.args.q_decay > 0
+        moments = load_moments(checkpoint, self.negatives, self.accelerator.device, smoothed=smoothed)
         if moments is not None:
             self.napo.previous_moments = moments
