@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 HAS_TRITON = find_spec("triton") is not None
 """A constant, because torch.compile cannot trace the look-up."""
@@ -75,6 +76,7 @@ class Operator:
         self.register_fake = self.definition.register_fake
         self._implementation = implementation
         self._function: type[torch.autograd.Function] | None = None
+        self._transformable: type[torch.autograd.Function] | None = None
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable | None = None) -> None:
         self.definition.register_autograd(backward, setup_context=setup_context)
@@ -85,13 +87,24 @@ class Operator:
                 setup_context(ctx, values, output)
             return output
 
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._function = type(self.__name__, (torch.autograd.Function,), methods)  # by this name profilers list it
+        # By their name profilers list them. torch.func knows only the second kind, which takes longer to call.
+        made = self.__name__, (torch.autograd.Function,)
+        self._function = type(*made, {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+        methods = {
+            "forward": lambda *values: self._implementation(*values),
+            "setup_context": setup_context or (lambda ctx, inputs, output: None),
+            "backward": backward,
+        }
+        self._transformable = type(*made, {name: staticmethod(method) for name, method in methods.items()})
 
     def __call__(self, *before: Any, **record: Any) -> Any:
         """With what precedes a record in the schema, and the record's values in the order of the schema."""
         values = (*before, *record.values())
+        if forward_ad._current_level >= 0:
+            refuse_forward_mode(self.__name__, values)
         if _watched(values):
+            if self._transformable is not None and _differentiates():
+                return self._transformable.apply(*values)
             return self.definition(*values)
         if self._function is not None and torch.is_grad_enabled():
             return self._function.apply(*values)
@@ -118,7 +131,32 @@ def _watched(values: Iterable[Any]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or not PLAIN.issuperset(map(type, values))
+        or any(isinstance(x, Tensor) and x.is_meta for x in values)
     )
+
+
+def _differentiates() -> bool:
+    """Whether the innermost transform is ``torch.func.grad`` (or ``vjp``), which knows an autograd function, but not
+    the one inside a custom operator."""
+    if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack().key() == torch._C._functorch.TransformType.Grad
+
+
+def transformed() -> bool:
+    """Whether a function is compiled or transformed, to which plain operations are better known than ours."""
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def refuse_forward_mode(name: str, values: Iterable[Any]) -> None:
+    """A custom operator would pass on a derivative of zero."""
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in values):
+        raise NotImplementedError(
+            f"{name} of napo_loss has no forward-mode derivative (jvp, jacfwd); use reverse mode, or the functions of "
+            "napo_loss.reference, which are plain autograd"
+        )
 
 
 def no_double_backward(ctx, *grads):

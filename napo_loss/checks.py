@@ -7,6 +7,7 @@ would cost a device sync; where they can be wrong, the result is NaN instead.
 from __future__ import annotations
 
 import math
+import os
 from numbers import Real
 
 import torch
@@ -157,7 +158,7 @@ def check_head(
             )
     if hidden.dtype not in LOGITS_DTYPES:
         raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
-    if torch.is_autocast_enabled(hidden.device.type):
+    if autocasts(hidden):
         return
     if weight.dtype != hidden.dtype:
         raise TypeError(
@@ -165,6 +166,25 @@ def check_head(
         )
 
 
-def check_backend(backend: str) -> None:
+def autocasts(x: Tensor) -> bool:
+    """Meta tensors are of a device that autocast does not know."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def check_backend(backend: str, name: str, x: Tensor) -> None:
     if backend not in ("auto", "triton", "eager"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'eager', got {backend!r}")
+    if backend != "triton":
+        return
+    if x.dtype == torch.float64:
+        raise TypeError(f"backend='triton' computes in float32, but {name} is float64: leave backend at 'auto'")
+    if not x.is_cuda and not interpreted():
+        raise ValueError(
+            f"backend='triton' needs a GPU, but {name} is on {x.device}: leave backend at 'auto', or set "
+            "TRITON_INTERPRET=1 before triton is imported, which runs the kernels in Python to debug them"
+        )
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, which knows tensors on a CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from napo_loss.backend import transformed
 from napo_loss.trees import Record, SharesGroup
 
 if TYPE_CHECKING:
@@ -74,8 +75,7 @@ class SequenceLogps(NamedTuple):
         N = self.sum.shape[0]
         if self.sum.dim() != 1 or K < 1 or N % (1 + K):
             raise ValueError(f"{list(self.sum.shape)} log-probs do not split into 1 chosen and K = {K} negatives")
-        # A compiler fuses what slicing costs, and knows it better than a Function.
-        split = _slice if torch.compiler.is_compiling() else _Pairs.apply
+        split = _slice if transformed() else _Pairs.apply
         (chosen, rejected), lengths = split(self.sum, K), _slice(self.length, K)
         return SequenceLogps(chosen, lengths[0]), SequenceLogps(rejected, lengths[1])
 
@@ -100,7 +100,8 @@ class _Pairs(torch.autograd.Function):
 def _join(first: Tensor, second: Tensor) -> Tensor:
     """``first`` and then ``second``, flat; a view where they already lie so in one buffer."""
     if (
-        not torch.is_grad_enabled()  # the view would drop the graph that a second derivative follows to `second`
+        type(first) is type(second) is Tensor  # others, such as fake ones, have no memory to look at
+        and not torch.is_grad_enabled()  # the view would drop the graph that a second derivative follows to `second`
         and first.is_contiguous()
         and second.is_contiguous()
         and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()

@@ -22,7 +22,7 @@ from torch import Tensor
 from napo_loss.backend import accumulation_dtype
 from napo_loss.logps.calls import LinearCall
 from napo_loss.logps.gemm import HALF, balanced, blocks, mm_float32, mm_into, padded
-from napo_loss.logps.memory import columns_at_a_time, rows_at_a_time, scratch_bytes
+from napo_loss.logps.memory import columns_at_a_time, in_parts, rows_at_a_time, scratch_bytes
 from napo_loss.logps.records import Gradients, Head, Saved, Steps
 from napo_loss.logps.tokens import active_rows, gathered, spread
 
@@ -47,7 +47,8 @@ def forward(call: LinearCall, budget: int, steps: Steps) -> Forward:
     logp = hidden.new_empty(A, dtype=full)
     statistics = hidden.new_empty((3, A) if call.token_statistics else 0, dtype=full)
     saved = Saved.empty(rows, hidden, head, needs, kept=A if keep else 0)
-    for chunk in balanced(A, rows_at_a_time(hidden, steps.width(V), scratch), hidden.device.type):
+
+    def work(chunk: slice) -> None:
         h = _gather(hidden, rows[chunk], call)
         kept = saved.unit_dlogits[chunk] if keep else None
         raw = _raw_logits(h, _times_lora_A(h, head), head, out=kept if hidden.dtype == full else None)
@@ -68,6 +69,9 @@ def forward(call: LinearCall, budget: int, steps: Steps) -> Forward:
         del raw
         if dlogits is not None:
             _times_head(dlogits, call, saved, chunk)
+
+    chunks = balanced(A, rows_at_a_time(hidden, steps.width(V), scratch), hidden.device.type)
+    in_parts(work, chunks, alone=call.columns is None)
     if call.max_active:
         too_many = (call.targets != call.ignore_index).sum() > call.max_active
         logp.masked_fill_(too_many, torch.nan)  # more cannot be said without a sync
@@ -135,8 +139,7 @@ def _backward_of_columns(
     if found.lora_B is not None and h_lora_A is not None:
         products.append((found.lora_B, factor(head.lora_scale * h_lora_A)))
 
-    scratch = min(budget, scratch_bytes(h.device))
-    for columns in blocks(V, columns_at_a_time(h, V, scratch, kept=kept)):
+    def work(columns: slice) -> None:
         if kept:
             dlogits = saved.unit_dlogits[:, columns]
         else:
@@ -149,6 +152,9 @@ def _backward_of_columns(
             mm_into(gradient[columns], dlogits.t(), beside)
         if found.bias is not None:
             found.bias[columns] = _column_sums(dlogits, w if kept else None)
+
+    parts = blocks(V, columns_at_a_time(h, V, min(budget, scratch_bytes(h.device)), kept=kept))
+    in_parts(work, parts, alone=call.columns is None)
     return found
 
 

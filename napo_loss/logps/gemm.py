@@ -112,6 +112,8 @@ def _has_out_dtype(device_type: str, dtype: torch.dtype) -> bool:
     x = torch.zeros(16, 16, device=device_type, dtype=dtype)
     try:
         torch.mm(x, x, out_dtype=torch.float32)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the backend, and nothing is kept
     except (RuntimeError, NotImplementedError, TypeError):
         return False
     return True

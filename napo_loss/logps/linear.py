@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from napo_loss.checks import (
+    autocasts,
     check_backend,
     check_cu_seqlens,
     check_head,
@@ -112,9 +113,9 @@ def linear_sequence_logps(
     for name, value in numbers.items():
         if value is not None:
             check_positive(name, value)
-    check_backend(backend)
+    check_backend(backend, "hidden", hidden)
 
-    if torch.is_autocast_enabled(hidden.device.type):
+    if autocasts(hidden):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     head = head.to(hidden.dtype)  # PEFT, too, keeps adapters in float32 beside a bfloat16 model
     packing = Packing(cu_seqlens, labels.shape[0]) if cu_seqlens is not None else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from napo_loss.backend import accumulation_dtype, no_double_backward, operator, uses_triton
 from napo_loss.logps import eager, factored
@@ -33,12 +34,23 @@ def linear_logps(*values) -> tuple[Tensor, ...]:
 @linear_logps.register_fake
 def _(*values):
     call = LinearCall.from_schema(*values)
-    active, kept = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
-    active = call.max_active or active
+    active = call.max_active or _unknown_size(call.targets)
+    kept = _unknown_size(call.targets) if call.needs.dlogits else 0
     rows = call.targets.new_empty(active, dtype=torch.int64)
     logp = call.hidden.new_empty(call.targets.shape, dtype=accumulation_dtype(call.hidden))
     statistics = logp.new_empty((3, *logp.shape) if call.token_statistics else 0)
     return logp, statistics, *Saved.empty(rows, call.hidden, call.head, call.needs, kept=kept)
+
+
+def _unknown_size(targets: Tensor) -> int | torch.SymInt:
+    """Rows that only values tell. Where there are no symbols for them (meta tensors, fake ones without shapes of their
+    own), all positions."""
+    if type(targets) is Tensor:
+        return targets.numel()
+    try:
+        return torch.library.get_ctx().new_dynamic_size()
+    except DynamicOutputShapeException:
+        return targets.numel()
 
 
 @operator(BACKWARD)

@@ -64,9 +64,9 @@ def sequence_logps(
     Raises:
         ValueError: on mismatched shapes or devices, an empty batch, a label outside the vocabulary (on a GPU,
             where looking would cost a sync: NaN in that sequence's sum).
-        TypeError: on dtypes other than the ones above.
+        TypeError: on dtypes other than the ones above, and on float64 with ``backend="triton"``.
         ImportError: on a GPU without Triton, unless ``backend="eager"``.
-        NotImplementedError: when differentiated twice.
+        NotImplementedError: when differentiated twice, or in forward mode.
 
     Example:
         >>> import torch
@@ -94,7 +94,7 @@ def sequence_logps(
     if token_weights is not None:
         check_like("token_weights", token_weights, "labels", labels, labels.shape)
         token_weights = token_weights.detach()
-    check_backend(backend)
+    check_backend(backend, "logits", logits)
     inplace = inplace_backward and not torch.compiler.is_compiling()
     if not packed and columns is None:
         call = LogitsCall(logits, labels, token_weights, int(shift), ignore_index, inplace, backend)

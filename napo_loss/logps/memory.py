@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from napo_loss.backend import accumulation_dtype
-from napo_loss.logps.gemm import HALF, TILE, rounds_once
+from napo_loss.logps.gemm import HALF, TILE, blocks, rounds_once
 
 SCRATCH = {"cpu": 32 * 2**20, "gpu": 512 * 2**20}
 """Bytes of logits worked on at a time, where the budget allows: enough rows to keep the matrix products efficient."""
@@ -61,3 +63,37 @@ def columns_at_a_time(
     else:
         return V
     return most // TILE * TILE or most
+
+
+def in_parts(work: Callable[[slice], None], parts: list[slice], *, alone: bool) -> None:
+    """``work`` on each part, which it writes whole. Where memory ends, that part and what follows are halved, once.
+
+    Not where ranks exchange something for each part: unless it is ``alone``, the others would wait for another number
+    of parts.
+    """
+    todo, halved = list(parts), False
+    while todo:
+        try:
+            work(todo[0])
+        except torch.OutOfMemoryError:
+            if halved or not alone or todo[0].stop - todo[0].start < 2:
+                raise
+        else:
+            todo.pop(0)
+            continue
+        # Here, and not in the handler, which keeps what `work` had allocated.
+        halved = True
+        width = todo[0].stop - todo[0].start
+        warnings.warn(
+            f"out of memory with {width} rows or columns of logits at a time: going on with half as many. A smaller "
+            "logits_budget leaves more for the rest of the model",
+            stacklevel=2,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        todo = [half for part in todo for half in _halves(part)]
+
+
+def _halves(part: slice) -> list[slice]:
+    size = part.stop - part.start
+    return [slice(part.start + x.start, part.start + x.stop) for x in blocks(size, -(-size // 2))]
