@@ -18,7 +18,7 @@ class Packing:
     def __init__(self, cu_seqlens: Tensor, total: int):
         self.N = cu_seqlens.shape[0] - 1
         at = torch.arange(total, device=cu_seqlens.device)
-        cu_seqlens = cu_seqlens.long()
+        cu_seqlens = cu_seqlens.long().contiguous()
         self.sequence = torch.searchsorted(cu_seqlens, at, right=True) - 1
         steps_up = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
         self.valid = steps_up & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total)
