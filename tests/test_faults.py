@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from apart import apart
 from napo_loss import LowRank, SequenceLogps, linear_sequence_logps, napo_loss, sequence_logps
 from napo_loss.logps import gemm, memory
 
@@ -79,6 +80,7 @@ def test_a_chunk_that_does_not_fit_is_halved_and_changes_nothing(products):
                 continue
         assert len(told) == 1
         assert "out of memory with" in str(told[0].message)
+        apart(found, whole)
         for a, b in zip(found, whole, strict=True):
             torch.testing.assert_close(a, b)
     assert outside == 2  # h·lora_Aᵀ of all rows, and the gradient of lora_A

@@ -163,7 +163,7 @@ def test_fused_objective_matches_the_plain_one():
         pc, pr = (scale * torch.randn(s, device="cuda") for s in ((B,), (K, B)))
         results = []
         for dtype in (torch.float64, torch.float32):  # float64 takes the plain path
-            leaves = [x.to(dtype).requires_grad_() for x in (pc, pr)]
+            leaves = [x.to(dtype, copy=True).requires_grad_() for x in (pc, pr)]
             out = napo_loss(*leaves, None, None, recipe=Recipe(weights="dynamic", sft_weight=0.1))
             out.losses.sum().backward()
             results.append([*out, out.q, out.weights, *(x.grad for x in leaves)])

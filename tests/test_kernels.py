@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import processes
+from apart import apart
 from draws import examples
 from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, sequence_logps
 from napo_loss.kernels.launch import BLOCK_BYTES, logits_launch
@@ -21,7 +22,7 @@ from napo_loss.objective.negatives import PreferenceBatch
 def run_objective(monkeypatch, fused, dtype, pc, pr, refs, lengths, **kwargs):
     """All outputs and both gradients, from the kernel or from plain tensor operations."""
     monkeypatch.setattr(objective, "_can_fuse", lambda *_: fused)
-    pc, pr = pc.to(dtype).requires_grad_(), pr.to(dtype).requires_grad_()
+    pc, pr = (x.to(dtype, copy=True).requires_grad_() for x in (pc, pr))
     refs = [None if x is None else x.to(dtype) for x in refs]
     chosen, rejected = SequenceLogps(pc, lengths[0].to(dtype)), SequenceLogps(pr, lengths[1].to(dtype))
     out = napo_loss(chosen, rejected, *refs, **kwargs)
@@ -63,6 +64,7 @@ def test_fused_objective_is_the_plain_one(seed, K, B, has_reference, average, dy
         exact = run_objective(patch, False, torch.float64, *args, **kwargs)
         plain = run_objective(patch, False, torch.float32, *args, **kwargs)
         fused = run_objective(patch, True, torch.float32, *args, **kwargs)
+    apart(exact, plain, fused)
     for a, b, c in zip(exact, plain, fused, strict=True):
         assert a.shape == b.shape == c.shape
         size = a.abs().max() + 1e-3
