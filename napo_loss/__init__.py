@@ -6,7 +6,7 @@ from napo_loss._version import __version__
 from napo_loss.hf.head import fused_head
 from napo_loss.logps.linear import linear_sequence_logps
 from napo_loss.logps.logits import sequence_logps
-from napo_loss.objective.estimators import Moments, margin_moments, noise_level
+from napo_loss.objective.estimators import Moments, likely_swapped, margin_moments, noise_level
 from napo_loss.objective.loss import napo_loss, noise_aware_dpo_loss
 from napo_loss.objective.module import NaPOLoss
 from napo_loss.objective.recipes import PAPER, RELEASED, SCALE_FREE, Negative, Recipe
@@ -41,6 +41,7 @@ __all__ = [
     "__version__",
     "all_reduce_logps",
     "fused_head",
+    "likely_swapped",
     "linear_sequence_logps",
     "margin_moments",
     "napo_loss",

@@ -140,7 +140,8 @@ def _differentiates() -> bool:
     the one inside a custom operator."""
     if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack().key() == torch._C._functorch.TransformType.Grad
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  a module that type checkers do not know
+    return functorch.peek_interpreter_stack().key() == functorch.TransformType.Grad
 
 
 def transformed() -> bool:

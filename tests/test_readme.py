@@ -242,7 +242,7 @@ DPO, SAME, EQUAL = "NaPO minus DPO", "NaPO minus DPO, all negatives", "the same,
     ("text", "cells"),
     [
         (
-            README.partition("## Does it work?")[2],
+            README.partition("## Does it work?")[2].partition("`make demo`")[2],
             [
                 *(("demo", DPO, column) for column in (ALL, LANGUAGE, VISION)),
                 *(("demo", arms, ALL) for arms in (SAME, EQUAL)),
