@@ -45,7 +45,7 @@ def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     with new.open("w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(KEY + MEASURED)
         writer.writerows([_written(row[name]) for name in KEY + MEASURED] for row in rows)
     new.replace(path)
@@ -53,7 +53,7 @@ def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def append(path: Path, run: Run, rows: list[dict[str, Any]]) -> None:
     with path.open("a", newline="") as file:
-        csv.writer(file).writerows([*run.key, *(_written(row[name]) for name in MEASURED)] for row in rows)
+        csv.writer(file, lineterminator="\n").writerows([*run.key, *(_written(row[name]) for name in MEASURED)] for row in rows)
 
 
 def _written(x: Any) -> str:
