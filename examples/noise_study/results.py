@@ -53,7 +53,9 @@ def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def append(path: Path, run: Run, rows: list[dict[str, Any]]) -> None:
     with path.open("a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([*run.key, *(_written(row[name]) for name in MEASURED)] for row in rows)
+        csv.writer(file, lineterminator="\n").writerows(
+            [*run.key, *(_written(row[name]) for name in MEASURED)] for row in rows
+        )
 
 
 def _written(x: Any) -> str:
