@@ -1,0 +1,1 @@
+"""Programs to run and to read: each says at its top what it shows."""
