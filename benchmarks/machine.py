@@ -29,16 +29,16 @@ def file_stem() -> str:
 def describe() -> dict[str, str]:
     """``device, driver, torch, triton, peers, commit`` as the CSV's columns have them."""
     return {
-        "device": torch.cuda.get_device_name() if GPU else f"{_cpu_model()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if GPU else f"{cpu_model()}, {torch.get_num_threads()} threads",
         "driver": _gpu_driver() if GPU else torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "peers": ", ".join(f"{name} {_version(name)}" for name in PEERS),
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     try:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -64,14 +64,16 @@ def _version(package: str) -> str:
         return "missing"
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit, with a ``+`` where tracked files differ from it (results aside)."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!examples/results"
+        )
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -30,25 +30,25 @@ def logits(rows: list[Row]) -> str:
         active = sorted(_unique(mine, lambda r: r.c))
         at = SHOWN_C if SHOWN_C in active else active[0]
         head = [*(f"c = {c:g}" for c in active), f"memory, c = {at:g}", f"share of floor, c = {at:g}", "rms error, nat"]
-        lines += _header(f"{_sizes(mine[0])}; {mine[0].dtype}, forward + backward", head)
+        lines += header(f"{_sizes(mine[0])}; {mine[0].dtype}, forward + backward", head)
         for name, theirs in _by_provider(mine):
             cells = {r.c: r for r in theirs}
             errors = [r.logps_error for r in theirs if r.logps_error is not None]
             error = f"{errors[0]:.1g}" if errors else "–"
             mid = cells.get(at)
             share = "–" if mid is None or mid.share_of_floor is None else f"{100 * mid.share_of_floor:.0f} %"
-            lines.append(_line(name, [*(_time(cells.get(c)) for c in active), _mib(mid), share, error]))
+            lines.append(line(name, [*(_time(cells.get(c)) for c in active), _mib(mid), share, error]))
         lines.append("")
     first = swept[0]
     others = [s for s in shapes if s not in swept and (s[0], s[1]) != first[:2]]
     if others:
         names = [name for name, _ in _by_provider([r for r in both if (r.shape, r.N, r.T) in others])]
-        lines += _header("other heads, forward + backward", names)
+        lines += header("other heads, forward + backward", names)
         for shape in others:
             mine = _of(both, shape)
             shown += mine
             cells = {r.provider: r for r in mine}
-            lines.append(_line(f"{_sizes(mine[0])}, c={mine[0].c:g}", [_time(cells.get(name)) for name in names]))
+            lines.append(line(f"{_sizes(mine[0])}, c={mine[0].c:g}", [_time(cells.get(name)) for name in names]))
         lines.append("")
     return "\n".join([*lines, _caption(rows, shown)])
 
@@ -60,33 +60,31 @@ def linear(rows: list[Row]) -> str:
     trained, frozen = ([r for r in mine if r.what == what] for what in ("trained", "frozen"))
     active = sorted(_unique(trained, lambda r: r.c))
     head = ["rms error, nat", *(f"c = {c:g}" for c in active), *(f"c = {r.c:g}, frozen head" for r in frozen[:1])]
-    lines = _header(f"{_sizes(mine[0])}; {mine[0].dtype}", head)
+    lines = header(f"{_sizes(mine[0])}; {mine[0].dtype}", head)
     for name, theirs in _by_provider(trained):
         cells = {r.c: r for r in theirs}
         fixed = [_both(r) for r in frozen if r.provider == name] or ["–"] * bool(frozen)
         error = exact.get(name)
         lines.append(
-            _line(name, [f"{error:.4f}" if error is not None else "–", *(_both(cells.get(c)) for c in active), *fixed])
+            line(name, [f"{error:.4f}" if error is not None else "–", *(_both(cells.get(c)) for c in active), *fixed])
         )
     return "\n".join([*lines, "", _caption(rows, mine)])
 
 
 def objective(rows: list[Row]) -> str:
     shapes = _unique(rows, lambda r: r.shape)
-    lines = _header("forward + backward, host's clock", shapes)
+    lines = header("forward + backward, host's clock", shapes)
     for name, theirs in _by_provider(rows):
         cells = {r.shape: r for r in theirs}
-        lines.append(_line(name, [_time(cells.get(s)) for s in shapes]))
+        lines.append(line(name, [_time(cells.get(s)) for s in shapes]))
     return "\n".join([*lines, "", _caption(rows, rows)])
 
 
 def end_to_end(rows: list[Row]) -> str:
-    lines = _header(
-        f"{_sizes(rows[0])}, c={rows[0].c:g}; {rows[0].dtype}", ["a step", "p20 to p80", "memory of a step"]
-    )
+    lines = header(f"{_sizes(rows[0])}, c={rows[0].c:g}; {rows[0].dtype}", ["a step", "p20 to p80", "memory of a step"])
     for name, theirs in _by_provider(rows):
         row = theirs[0]
-        lines.append(_line(name, [_time(row), f"{row.p20:.0f} to {row.p80:.0f} ms", _mib(row)]))
+        lines.append(line(name, [_time(row), f"{row.p20:.0f} to {row.p80:.0f} ms", _mib(row)]))
     return "\n".join([*lines, "", _caption(rows, rows)])
 
 
@@ -132,11 +130,11 @@ def _by_provider(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return [(name, [row for row in rows if row.provider == name]) for name in names]
 
 
-def _header(first: str, head: Sequence[str]) -> list[str]:
-    return [_line(first, head), "|---" + "|---:" * len(head) + "|"]
+def header(first: str, head: Sequence[str]) -> list[str]:
+    return [line(first, head), "|---" + "|---:" * len(head) + "|"]
 
 
-def _line(first: str, cells: Sequence[str]) -> str:
+def line(first: str, cells: Sequence[str]) -> str:
     return f"| {' | '.join([first, *cells])} |"
 
 

@@ -41,9 +41,9 @@ def run_all(runs: list[Run], folder: Path, workers: int) -> None:
     path, started = folder / "runs.csv", time.perf_counter()
     rows = results.read(path)
     counts = results.done(rows)
-    whole = {run.key for run in runs if counts.get(run.key) == len(run.epochs)}
+    whole = {run.key for run in runs if counts[run.key] == len(run.epochs)}
     known = {run.key for run in runs}
-    kept = [row for row in rows if (key := _key(row)) in whole or key not in known]
+    kept = [row for row in rows if (key := results.key_of(row)) in whole or key not in known]
     results.rewrite(path, kept)
     todo = list(dict.fromkeys(run for run in runs if run.key not in whole))
     try:
@@ -54,10 +54,6 @@ def run_all(runs: list[Run], folder: Path, workers: int) -> None:
     finally:
         if todo:
             results.note_machine(folder, time.perf_counter() - started)
-
-
-def _key(row: dict) -> tuple[str, ...]:
-    return next(iter(results.done([row])))
 
 
 def _trained(todo: list[Run], workers: int) -> Iterator[tuple[Run, list[dict]]]:

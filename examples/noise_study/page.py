@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.report import header, line
+from benchmarks.suite import paste
 from examples.noise_study import results
 from examples.noise_study.findings import (
     Rows,
@@ -36,20 +37,12 @@ def write(folder: Path) -> None:
     tables = {name: table(rows) for name, table in TABLES.items()} | {"made": made(folder, rows)}
     for name, text in tables.items():
         (folder / f"{name}.md").write_text(text + "\n")
-    if folder == results.FOLDER and PAGE.exists():
-        PAGE.write_text(filled(PAGE.read_text(), tables))
+        if folder == results.FOLDER:
+            paste(PAGE, folder / f"{name}.md", text)
     from examples.noise_study.figures import draw
 
     draw(rows, folder)
     print("\n\n".join(tables.values()))
-
-
-def filled(page: str, tables: dict[str, str]) -> str:
-    """The page with each table between its marks."""
-    for name, text in tables.items():
-        pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        page = pattern.sub(lambda marks, text=text: f"{marks[1]}\n{text}\n\n{marks[2]}", page)
-    return page
 
 
 def made(folder: Path, rows: Rows) -> str:
@@ -66,42 +59,49 @@ def made(folder: Path, rows: Rows) -> str:
 
 
 def _markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(line) + " |" for line in body])
+    return "\n".join([*header(head[0], head[1:]), *(line(cells[0], cells[1:]) for cells in body)])
+
+
+def _swapped(rates: Iterable[float]) -> list[str]:
+    return [f"{100 * rate:.0f} % swapped" for rate in rates]
+
+
+def _cell(mine: Rows, base: Rows) -> str:
+    """The accuracy of what all are compared with; of the others the difference to it."""
+    if not mine:
+        return "–"
+    return str(estimate(row["test"] for row in mine)) if mine == base else difference(mine, base).signed
+
+
+def _by_rate(rows: Rows, losses: Sequence[str], rates: Iterable[float]) -> list[list[str]]:
+    """A line of each loss, compared with the first."""
+    return [
+        [loss, *(_cell(where(rows, loss=loss, rate=r), where(rows, loss=losses[0], rate=r)) for r in rates)]
+        for loss in present(rows, losses)
+    ]
 
 
 def at_convergence(rows: Rows) -> str:
     """All losses at the one setting, by rate of swaps."""
     pictures = converged(where(rows, task="pictures", noise="swapped"))
-    return _by_rate(pictures, [*AT_ALL_SETTINGS], f"%, β = {BETA:g}, learning rate {RATE:g}, last epoch")
-
-
-def _by_rate(rows: Rows, losses: list[str], title: str) -> str:
-    rates = sorted({row["rate"] for row in rows})
-    body = []
-    for loss in present(rows, losses):
-        line = [loss]
-        for rate in rates:
-            mine, dpo = where(rows, loss=loss, rate=rate), where(rows, loss="DPO", rate=rate)
-            line.append(str(estimate(r["test"] for r in mine)) if loss == "DPO" else difference(mine, dpo).signed)
-        body.append(line)
-    return _markdown([title, *(f"{rate:.0%} swapped".replace("%", " %") for rate in rates)], body)
+    rates = sorted({row["rate"] for row in pictures})
+    title = f"%, β = {BETA:g}, learning rate {RATE:g}, last epoch"
+    return _markdown([title, *_swapped(rates)], _by_rate(pictures, AT_ALL_SETTINGS, rates))
 
 
 def at_own_best(rows: Rows) -> str:
     """Each loss where clean validation data would put it, over β, learning rate and epochs."""
-    body, head = [], ["%, at its own best on clean validation questions"]
-    for rate in MAPPED:
-        head += [f"{rate:.0%} swapped".replace("%", " %"), "β, learning rate, epochs"]
     pictures = where(rows, task="pictures", noise="swapped")
-    for loss in present(rows, AT_ALL_SETTINGS):
-        line = [loss]
+    head = ["%, at its own best on clean validation questions"]
+    head += [title for swapped in _swapped(MAPPED) for title in (swapped, "β, learning rate, epochs")]
+    body = []
+    for loss in present(pictures, AT_ALL_SETTINGS):
+        cells = [loss]
         for rate in MAPPED:
             point, best = own_best(where(pictures, loss=loss, rate=rate))
             _, dpo = own_best(where(pictures, loss="DPO", rate=rate))
-            line.append(str(estimate(r["test"] for r in best)) if loss == "DPO" else difference(best, dpo).signed)
-            line.append(f"{point.beta:g}, {point.learning_rate:g}, {point.epoch:g}")
-        body.append(line)
+            cells += [_cell(best, dpo), f"{point.beta:g}, {point.learning_rate:g}, {point.epoch:g}"]
+        body.append(cells)
     return _markdown(head, body)
 
 
@@ -114,49 +114,28 @@ def other_noise(rows: Rows) -> str:
         "text, 30 % swapped": where(rows, task="text", noise="swapped", rate=0.3),
     }
     columns = {title: converged(x) for title, x in columns.items() if x}
-    body = []
-    for loss in AT_ALL_SETTINGS:
-        line = [loss]
-        for x in columns.values():
-            mine, dpo = where(x, loss=loss), where(x, loss="DPO")
-            if not mine:
-                line.append("–")
-            else:
-                line.append(str(estimate(r["test"] for r in mine)) if loss == "DPO" else difference(mine, dpo).signed)
-        body.append(line)
+    body = [
+        [loss, *(_cell(where(x, loss=loss), where(x, loss="DPO")) for x in columns.values())]
+        for loss in AT_ALL_SETTINGS
+    ]
     return _markdown(["%, last epoch", *columns], body)
 
 
 def groups(rows: Rows) -> str:
     """Two negatives a question."""
     x = converged(where(rows, task="pictures", noise="swapped"))
-    body = []
-    first = next(iter(GROUPS))
-    for loss in present(x, GROUPS):
-        line = [loss]
-        for rate in MAPPED:
-            mine, plain = where(x, loss=loss, rate=rate), where(x, loss=first, rate=rate)
-            line.append(str(estimate(r["test"] for r in mine)) if loss == first else difference(mine, plain).signed)
-        body.append(line)
-    return _markdown(["%, two negatives, last epoch", *(f"{r:.0%} swapped".replace("%", " %") for r in MAPPED)], body)
+    return _markdown(["%, two negatives, last epoch", *_swapped(MAPPED)], _by_rate(x, [*GROUPS], MAPPED))
 
 
 def maps(rows: Rows) -> str:
     """From moments to q: chosen at one rate, seen at the others."""
     x = converged(where(rows, task="pictures", noise="swapped"))
-    names = present(x, ["moment", *ESTIMATES])
-    body = []
-    for loss in names:
-        line = [loss]
-        for rate in RATES:
-            mine, plain = where(x, loss=loss, rate=rate), where(x, loss="moment", rate=rate)
-            line.append(str(estimate(r["test"] for r in mine)) if loss == "moment" else difference(mine, plain).signed)
-        held_out = [where(x, loss=loss, rate=rate) for rate in RATES if rate != TUNED_ON]
-        plain = [where(x, loss="moment", rate=rate) for rate in RATES if rate != TUNED_ON]
-        line.append("" if loss == "moment" else difference(_mean(held_out), _mean(plain)).signed)
-        body.append(line)
-    head = ["%, last epoch", *(f"{rate:.0%} swapped".replace("%", " %") for rate in RATES), "rates but 20 %"]
-    return _markdown(head, body)
+    body = _by_rate(x, ["moment", *ESTIMATES], RATES)
+    held_out = [rate for rate in RATES if rate != TUNED_ON]
+    for cells in body:
+        mine, plain = (_mean([where(x, loss=loss, rate=rate) for rate in held_out]) for loss in (cells[0], "moment"))
+        cells.append("" if mine == plain else difference(mine, plain).signed)
+    return _markdown(["%, last epoch", *_swapped(RATES), "rates but 20 %"], body)
 
 
 def _mean(parts: list[Rows]) -> Rows:

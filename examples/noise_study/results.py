@@ -6,11 +6,12 @@ import csv
 import json
 import os
 import platform
-import subprocess
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import commit, cpu_model
 from examples.noise_study.training import Run
 
 FOLDER = Path(__file__).parents[1] / "results" / "noise_study"
@@ -31,13 +32,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [{name: x if name in texts else float(x) for name, x in row.items()} for row in rows]
 
 
-def done(rows: list[dict[str, Any]]) -> dict[tuple[str, ...], int]:
+def key_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """That of its run."""
+    return tuple(row[name] if isinstance(row[name], str) else f"{row[name]:g}" for name in KEY)
+
+
+def done(rows: list[dict[str, Any]]) -> Counter[tuple[str, ...]]:
     """How many rows each run has."""
-    found: dict[tuple[str, ...], int] = {}
-    for row in rows:
-        key = tuple(row[name] if isinstance(row[name], str) else f"{row[name]:g}" for name in KEY)
-        found[key] = found.get(key, 0) + 1
-    return found
+    return Counter(map(key_of, rows))
 
 
 def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -63,13 +65,10 @@ def _written(x: Any) -> str:
 
 
 def machine() -> dict[str, Any]:
-    cpu = Path("/proc/cpuinfo")
-    names = [x.split(":")[1].strip() for x in cpu.read_text().splitlines() if "model name" in x] if cpu.exists() else []
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     packages = {name: version(name) for name in ("torch", "numpy", "scikit-learn")}
     return {
-        "cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(),
-        "python": platform.python_version(), **packages, "commit": commit.stdout.strip() or "unknown",
+        "cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version(), **packages,
+        "commit": commit(),
     }  # fmt: skip
 
 

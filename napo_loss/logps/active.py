@@ -62,6 +62,8 @@ class ActiveRows(NamedTuple):
             return gathers
         breaks = (self.n[1:] != self.n[:-1]) | (self.t[1:] != self.t[:-1] + 1)
         starts = [0, *(1 + breaks.nonzero().flatten()).tolist(), len(self.n)]
+        if len(starts) - 1 > 2 * len(gathers):  # a mask with many holes: the views need not be made to be counted
+            return gathers
         views = []
         for a, b in itertools.pairwise(starts):
             for part in blocks(b - a, most):
