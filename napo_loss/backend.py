@@ -32,6 +32,13 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def memory_ended(error: BaseException) -> bool:
+    """Whether an error says that there was no memory left: on a CPU a plain RuntimeError of PyTorch's allocator."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    )
+
+
 class Call:
     """Base of the records that carry an operator's arguments, named, through a schema, which holds flat values only.
 

@@ -41,6 +41,7 @@ class Fusion:
         self.token_statistics = token_statistics
         self.logits_budget = logits_budget
         self.calls = threading.local()
+        self.handles: list[Any] = []
         self.caller, self.inner = caller(model), unwrap(model)
         self.name = type(self.inner).__name__
         head = self.inner.get_output_embeddings() if hasattr(self.inner, "get_output_embeddings") else None
@@ -62,16 +63,14 @@ class Fusion:
     def __reduce__(self):
         return _inert, ()
 
-    def register(self) -> list[Any]:
+    def register(self) -> None:
         """Before everybody else's where a shard must still be whole, and after where they prepare or cast."""
-        handles = [
-            self.caller.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True),
-            self.caller.register_forward_hook(self.leave, always_call=True),
-        ]
+        keep = self.handles.append  # one by one: an interrupt in between must not leave any
+        keep(self.caller.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True))
+        keep(self.caller.register_forward_hook(self.leave, always_call=True))
         for layer in self.layers:
-            handles.append(layer.register_forward_pre_hook(self.shrink))
-            handles.append(layer.register_forward_hook(self.compute, prepend=True))
-        return handles
+            keep(layer.register_forward_pre_hook(self.shrink))
+            keep(layer.register_forward_hook(self.compute, prepend=True))
 
     @property
     def call(self) -> FusedCall | None:

@@ -58,10 +58,10 @@ def fused_head(model: Model, *, token_statistics: bool = False, logits_budget: i
     from napo_loss.hf.fusion import Fusion  # torch.compiler.disable, at its import, loads the compiler
 
     fusion = Fusion(model, token_statistics, logits_budget)
-    handles = fusion.register()
     try:
+        fusion.register()
         yield model
     finally:
         fusion.active = False
-        for handle in handles:
+        for handle in fusion.handles:
             handle.remove()

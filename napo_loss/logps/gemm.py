@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from napo_loss.backend import accumulation_dtype
+from napo_loss.backend import accumulation_dtype, memory_ended
 
 HALF = (torch.bfloat16, torch.float16)
 UPCAST_BYTES = 16 * 2**20
@@ -77,8 +77,8 @@ def _whole_sums(dtype: torch.dtype) -> Iterator[None]:
     flags = torch.backends.cuda.matmul
     name = f"allow_{'bf16' if dtype == torch.bfloat16 else 'fp16'}_reduced_precision_reduction"
     before, split_k = getattr(flags, name), getattr(flags, f"{name}_split_k", None)  # older torch has not the latter
-    setattr(flags, name, False if split_k is None else (False, split_k))
     try:
+        setattr(flags, name, False if split_k is None else (False, split_k))
         yield
     finally:
         setattr(flags, name, before if split_k is None else (before, split_k))
@@ -112,8 +112,8 @@ def _has_out_dtype(device_type: str, dtype: torch.dtype) -> bool:
     x = torch.zeros(16, 16, device=device_type, dtype=dtype)
     try:
         torch.mm(x, x, out_dtype=torch.float32)
-    except torch.OutOfMemoryError:
-        raise  # says nothing about the backend, and nothing is kept
-    except (RuntimeError, NotImplementedError, TypeError):
+    except (RuntimeError, TypeError, MemoryError) as error:
+        if memory_ended(error):
+            raise  # says nothing about the backend, and nothing is kept
         return False
     return True

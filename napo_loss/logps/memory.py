@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from napo_loss.backend import accumulation_dtype
+from napo_loss.backend import accumulation_dtype, memory_ended
 from napo_loss.logps.gemm import HALF, TILE, blocks, rounds_once
 
 SCRATCH = {"cpu": 32 * 2**20, "gpu": 512 * 2**20}
@@ -75,8 +75,8 @@ def in_parts(work: Callable[[slice], None], parts: list[slice], *, alone: bool) 
     while todo:
         try:
             work(todo[0])
-        except torch.OutOfMemoryError:
-            if halved or not alone or todo[0].stop - todo[0].start < 2:
+        except (RuntimeError, MemoryError) as error:
+            if not memory_ended(error) or halved or not alone or todo[0].stop - todo[0].start < 2:
                 raise
         else:
             todo.pop(0)
