@@ -4,6 +4,7 @@
 # make lint   environment + ruff, pyright
 # make bench  environment + the benchmarks of this machine
 # make docs   environment + the documentation, in site/
+# make release-check  environment + wheel and sdist, built, checked, installed alone and tested
 #
 # Each installs what it needs into .venv, from pyproject.toml with the versions tested in constraints.txt. To use an
 # environment that you have (CUDA torch, say), name its interpreter: make test PYTHON=$(which python) VENV=
@@ -11,7 +12,7 @@ VENV := .venv
 BASE_PYTHON := python3
 PYTHON := $(if $(VENV),$(VENV)/bin/python,$(BASE_PYTHON))
 
-.PHONY: demo test test-all lint bench docs
+.PHONY: demo test test-all lint bench docs release-check
 demo: $(if $(VENV),$(VENV)/.demo)
 	$(PYTHON) examples/demo.py
 
@@ -32,6 +33,9 @@ bench: $(if $(VENV),$(VENV)/.bench)
 
 docs: $(if $(VENV),$(VENV)/.docs)
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
+release-check: $(if $(VENV),$(VENV)/.dev)
+	.ci/release-check $(PYTHON)
 
 $(VENV)/bin/python:
 	$(BASE_PYTHON) -m venv $(VENV)

@@ -39,6 +39,11 @@ def memory_ended(error: BaseException) -> bool:
     )
 
 
+def by_name(record: tuple, kind: type) -> dict[str, Any]:
+    """``_asdict`` of a NamedTuple, which torch.compile does not trace before 2.9."""
+    return {name: getattr(record, name) for name in kind._fields}  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class Call:
     """Base of the records that carry an operator's arguments, named, through a schema, which holds flat values only.
 

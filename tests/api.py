@@ -1,6 +1,6 @@
 """The public names and what they take, as text. What is kept in api.txt is what users may have written down.
 
-    python tests/api.py > tests/api.txt
+python tests/api.py > tests/api.txt
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def members(cls: type) -> list[str]:
         for name, annotation in base.__dict__.get("__annotations__", {}).items():
             if not name.startswith("_") and "ClassVar" not in str(annotation):
                 default = defaults.get(name, dataclasses.MISSING)
-                found[name] = f"{name}: {text(annotation)}" + ("" if default is dataclasses.MISSING else f" = {default!r}")
+                found[name] = f"{name}: {text(annotation)}" + (
+                    "" if default is dataclasses.MISSING else f" = {default!r}"
+                )
         for name, member in vars(base).items():
             plain = inspect.unwrap(getattr(member, "__func__", member))
             if name.startswith("_") and (name != "__init__" or dataclasses.is_dataclass(cls)):

@@ -115,12 +115,14 @@ CONTEXTS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_numbers_in_every_context(way, name):
     run = forward if name in ("inference", "no grad") else step
-    expected, before = run(way, inputs()), global_state()
-    x = inputs()
-    with CONTEXTS[name]():
-        found = run(way, x)
-    assert_equal(found, expected, name)
-    assert global_state() == before
+    expected, x, before, states = run(way, inputs()), inputs(), global_state(), []
+    for _ in range(2):  # the first may load modules, which have warning filters of their own
+        with CONTEXTS[name]():
+            found = run(way, x)
+        assert_equal(found, expected, name)
+        states.append(global_state())
+    assert {**states[0], "warnings": None} == {**before, "warnings": None}
+    assert states[1] == states[0]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -227,15 +229,12 @@ EXPORTS = {
     "noise_aware_dpo_loss": (lambda *logps: tuple(noise_aware_dpo_loss(*logps, q=0.3)), lambda: LOGPS),
     "noise_level": (lambda a, b: noise_level(a - b), lambda: PAIRS),
     "margin_moments": (lambda a, b: tuple(margin_moments(a - b)), lambda: PAIRS),
-    "likely_swapped": (lambda a, b: likely_swapped(a - b), lambda: PAIRS),
+    "likely_swapped": (lambda a, b: likely_swapped(a - b, 2), lambda: PAIRS),
 }
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.parametrize(("name", "fused"), [*((name, False) for name in EXPORTS), ("napo_loss", True)])
 def test_an_exported_function_gives_the_same_numbers(name, fused, monkeypatch):
-    if fused and name != "napo_loss":
-        pytest.skip("the objective's operator is in napo_loss alone")
     monkeypatch.setattr(objective_loss, "_can_fuse", lambda *_: fused)
     function, given = EXPORTS[name]
     program = torch.export.export(Exported(function), given())

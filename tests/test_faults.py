@@ -103,7 +103,9 @@ def test_a_chunk_that_does_not_fit_is_halved_and_changes_nothing(products, error
     assert outside == 2  # h·lora_Aᵀ of all rows, and the gradient of lora_A
 
 
-@pytest.mark.parametrize(("error", "message"), zip(NO_MEMORY, ["CUDA out of memory", "DefaultCPUAllocator"], strict=True))
+@pytest.mark.parametrize(
+    ("error", "message"), zip(NO_MEMORY, ["CUDA out of memory", "DefaultCPUAllocator"], strict=True)
+)
 def test_a_second_time_it_is_the_callers(products, error, message):
     products((1, 2), error=error)
     with pytest.warns(UserWarning, match="out of memory"), pytest.raises(RuntimeError, match=message):

@@ -234,7 +234,9 @@ def test_every_public_name_is_documented():
 def test_public_names_and_signatures_are_those_that_are_kept(package):
     if package == "napo_loss.trl":
         pytest.importorskip("trl")
-    kept = re.findall(rf"^((?:class |def )?{package}\.[A-Z_a-z]\w*(?![.\w]).*\n(?:  .*\n)*)", api.KEPT.read_text(), re.M)
+    kept = re.findall(
+        rf"^((?:class |def )?{package}\.[A-Z_a-z]\w*(?![.\w]).*\n(?:  .*\n)*)", api.KEPT.read_text(), re.M
+    )
     assert "".join(kept).splitlines() == api.lines(package), (
         "the API has changed: say so in CHANGELOG.md, then python tests/api.py > tests/api.txt"
     )

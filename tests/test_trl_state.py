@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from disk import disk_of
+
 pytest.importorskip("trl")
 
 from napo_loss.trl.state import STATE_FILE, load_moments, save_moments
@@ -32,12 +34,22 @@ def test_float32_rounding_is_no_fault(tmp_path):
     assert load(tmp_path) is not None
 
 
-def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize("room", [0, 7])
+def test_the_old_file_stays_where_writing_fails(room, tmp_path):
     save_moments(tmp_path, NAMES, torch.zeros(2, 2))
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
-    with pytest.raises(OSError, match="no space"):
+    with disk_of(room), pytest.raises(OSError, match=f"the moments that q is read from are not saved.*{STATE_FILE}"):
         save_moments(tmp_path, NAMES, torch.ones(2, 2))
     assert torch.equal(load(tmp_path), torch.zeros(2, 2))
+    assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
+
+
+def test_nothing_is_left_where_the_last_step_fails(tmp_path, monkeypatch):
+    save_moments(tmp_path, NAMES, torch.zeros(2, 2))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=f"No space left on device: .*{STATE_FILE}"):
+        save_moments(tmp_path, NAMES, torch.ones(2, 2))
+    assert torch.equal(load(tmp_path), torch.zeros(2, 2))
+    assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
 
 
 @pytest.mark.parametrize(

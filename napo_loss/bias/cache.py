@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,18 +41,27 @@ class AnswerCache:
             raise RuntimeError(f"cache_dir: another process is writing {self.path}") from error
         with lock:
             size, answers = self._lines()
-            with self.path.open("ab") as file:  # cut, not written anew: a second kill must not lose the first part
+            # Cut, not written anew: a second kill must not lose the first part. Without a buffer, which would be
+            # written again, and fail again, when the file is closed.
+            with self.path.open("ab", buffering=0) as file:
                 file.truncate(size)
                 if size == 0:
-                    file.write(json.dumps(self.run).encode() + b"\n")
+                    self._write(file, [self.run], answers)
 
                 def append(new: Sequence[str]) -> None:
-                    start = len(answers)
-                    file.write(b"".join(json.dumps([start + i, a]).encode() + b"\n" for i, a in enumerate(new)))
-                    file.flush()
+                    self._write(file, [[len(answers) + i, a] for i, a in enumerate(new)], answers)
                     answers.extend(new)
 
                 yield answers, append
+
+    def _write(self, file: FileIO, lines: list[Any], answers: list[str]) -> None:
+        left = memoryview(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError as error:
+            told = f"{error.strerror}: the {len(answers)} answers so far are kept"
+            raise OSError(error.errno, told, str(self.path)) from error
 
     def _lines(self) -> tuple[int, list[str]]:
         """Bytes of the lines that stay, and the answers in them."""

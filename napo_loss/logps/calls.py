@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from napo_loss.backend import Call
+from napo_loss.backend import Call, by_name
 from napo_loss.logps.records import Head, Needs
 from napo_loss.parallel.columns import ALL_COLUMNS, Columns
 
@@ -144,7 +144,7 @@ class LinearCall(SavedCall):
 
     def to_schema(self) -> dict[str, Any]:
         return {
-            "hidden": self.hidden, **self.head._asdict(), "targets": self.targets, "needs": list(self.needs),
+            "hidden": self.hidden, **by_name(self.head, Head), "targets": self.targets, "needs": list(self.needs),
             **(self.columns.to_schema() if self.columns else ALL_COLUMNS), "ignore_index": self.ignore_index,
             "budget": self.budget, "max_active": self.max_active, "token_statistics": self.token_statistics,
             "backend": self.backend,

@@ -57,11 +57,12 @@ class Head(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Head:
         """The factors in ``dtype``, as a linear layer has them under autocast; the bias is added in full precision."""
-        return self._replace(
-            weight=self.weight.to(dtype),
-            lora_A=None if self.lora_A is None else self.lora_A.to(dtype),
-            lora_B=None if self.lora_B is None else self.lora_B.to(dtype),
-        )
+        lora_A = None if self.lora_A is None else self.lora_A.to(dtype)
+        lora_B = None if self.lora_B is None else self.lora_B.to(dtype)
+        # Not _replace, which torch.compile does not trace before 2.9.
+        return Head(
+            self.weight.to(dtype), self.bias, lora_A, lora_B, self.lora_scale, self.logit_scale, self.softcap
+        )  # fmt: skip
 
     def at(self, columns: slice) -> Head:
         """The head of these columns of the vocabulary."""

@@ -164,7 +164,8 @@ def _settings(recipe: Recipe, names: tuple[str, ...] | None, K: int) -> _Setting
     given = recipe.negatives
     if given is None:
         default = defaults(RELEASED, names, K)
-        return _Settings(tuple(default.named.values()), (recipe.weights or default.weights) == "dynamic")
+        negatives = tuple(n for _, n in default.named.items())  # torch.compile before 2.9 makes no tuple of values()
+        return _Settings(negatives, (recipe.weights or default.weights) == "dynamic")
     dynamic = recipe.weights == "dynamic"
     if isinstance(given, Negative):
         return _Settings((given,) * K, dynamic)

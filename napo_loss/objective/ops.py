@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from napo_loss.backend import Call, no_double_backward, operator
+from napo_loss.backend import Call, by_name, no_double_backward, operator
 from napo_loss.objective import eager
 from napo_loss.objective.estimators import BOUNDS
 from napo_loss.objective.negatives import BatchLogps, PreferenceBatch
@@ -81,8 +81,8 @@ class ObjectiveCall(Call):
 
     def to_schema(self) -> dict[str, Any]:
         return {
-            **self.logps._asdict(), "previous_moments": self.previous_moments, "means": self.means,
-            **self.negatives._asdict(), "beta": self.beta, "sft_weight": self.sft_weight, "decay": self.decay,
+            **by_name(self.logps, BatchLogps), "previous_moments": self.previous_moments, "means": self.means,
+            **by_name(self.negatives, NegativeNumbers), "beta": self.beta, "sft_weight": self.sft_weight, "decay": self.decay,
             "average": self.average, "dynamic": self.dynamic,
         }  # fmt: skip
 

@@ -150,13 +150,13 @@ class Recipe:
 
 def _negatives(given: Any) -> Negative | Named | None:
     """As they are kept: nobody else's dict, every Negative checked."""
-    if given is None or isinstance(given, Negative | Named):
+    if given is None or isinstance(given, (Negative, Named)):
         return given
     if not isinstance(given, Mapping):
         raise TypeError(f"Recipe.negatives must be a Negative, a mapping from names to them, or None, got {given!r}")
     if not given:
         raise ValueError("Recipe.negatives is an empty mapping: at least one negative is needed")
-    if not any(isinstance(settings, Negative | Mapping) for settings in given.values()):
+    if not any(isinstance(settings, (Negative, Mapping)) for settings in given.values()):
         return Negative.of("Recipe.negatives", given)  # one dict of numbers: one Negative for all
     return Named({name: Negative.of(f"Recipe.negatives[{name!r}]", x) for name, x in given.items()})
 

@@ -21,9 +21,14 @@ def save_moments(folder: Path, names: list[str], moments: Tensor | None) -> None
     """Writes ``[2, K]`` by the negatives' names, where there is anything to keep; whole or not at all."""
     if moments is not None:
         named = dict(zip(names, moments.t().tolist(), strict=True))
-        new = folder / f"{STATE_FILE}.new"
-        new.write_text(json.dumps({"moments": named}))
-        os.replace(new, folder / STATE_FILE)
+        path, new = folder / STATE_FILE, folder / f"{STATE_FILE}.new"
+        try:
+            new.write_text(json.dumps({"moments": named}))
+            os.replace(new, path)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            told = f"{error.strerror}: the moments that q is read from are not saved"
+            raise OSError(error.errno, told, str(path)) from error
 
 
 def load_moments(checkpoint: str | None, names: list[str], device: torch.device, *, smoothed: bool) -> Tensor | None:
