@@ -4,7 +4,7 @@
     nox -s "versions(torch-2.11)"         one
     python tests/version_table.py         writes what they left in tests/tried into the page
 
-Each session leaves a file in tests/tried. Where torch is on the disk or in an index of your own, pip's settings find it.
+Each leaves a file in tests/tried. Where torch is on the disk or in an index of your own, pip's settings find it.
 """
 
 import json

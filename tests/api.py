@@ -40,7 +40,7 @@ def members(cls: type) -> list[str]:
     defaults |= getattr(cls, "_field_defaults", {})
     found: dict[str, str] = {}
     for base in ours:
-        for name, annotation in base.__dict__.get("__annotations__", {}).items():
+        for name, annotation in inspect.get_annotations(base).items():
             if not name.startswith("_") and "ClassVar" not in str(annotation):
                 default = defaults.get(name, dataclasses.MISSING)
                 found[name] = f"{name}: {text(annotation)}" + (

@@ -1,6 +1,7 @@
 """Without a GPU the kernels run in Triton's interpreter, which is chosen when a kernel is decorated: before imports."""
 
 import os
+from importlib.util import find_spec
 
 import hypothesis
 import pytest
@@ -21,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_configure(config):
+    check_interpreter()
     hypothesis.settings.load_profile("quick" if config.option.markexpr == "not slow" else "all")
 
 
@@ -30,6 +32,21 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(pool))  # one worker starts these processes, not each
         if "gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm GPU; torch.cuda.is_available() is False"))
+
+
+def check_interpreter():
+    """Up to 3.6, Triton's interpreter makes Python numbers of numpy arrays as numpy 2.4 no longer does."""
+    if GPU or find_spec("triton") is None:
+        return
+    import numpy
+    import triton
+
+    found = triton.__version__, numpy.__version__
+    of_triton, of_numpy = ([int(n) for n in version.split(".")[:2]] for version in found)
+    if of_triton < [3, 7] and of_numpy >= [2, 4]:
+        raise pytest.UsageError(
+            f"the kernels cannot be interpreted by Triton {found[0]} with numpy {found[1]}: pip install 'numpy<2.4'"
+        )
 
 
 @pytest.fixture

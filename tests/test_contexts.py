@@ -140,7 +140,7 @@ def test_backward_outside_the_context_of_forward(way):
 
 
 def test_a_model_that_was_met_in_inference_mode_trains():
-    pytest.importorskip("transformers")
+    pytest.importorskip("datasets", reason="the trl extra is not installed")
     import tiny
 
     ids = torch.randint(4, 20, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -194,10 +194,12 @@ def test_a_forked_process(way):
             with torch.no_grad():
                 assert_equal(forward(way, x), expected[:7], way)
             try:
-                assert_equal(step(way, x), expected, way)
+                found = step(way, x)
             except RuntimeError as error:
-                assert "fork-based" in str(error)
-            code = 0
+                code = 0 if "fork-based" in str(error) else 2
+            else:
+                assert_equal(found, expected, way)
+                code = 0
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -277,7 +279,7 @@ def test_nan_reaches_the_batch_through_q_and_dynamic_weights_alone():
     for estimator in ("released", "paper", "moment"):
         assert nans(negatives=Negative(estimator=estimator)).all()
     fixed = {"rejected": Negative(q=0.3), "image_only": Negative(q=0.3)}
-    pairs = {name: rejected for name in fixed}
+    pairs = dict.fromkeys(fixed, rejected)
     for weights, reached in (("fixed", False), ("dynamic", True)):
         out = napo_loss(chosen, pairs, None, None, recipe=Recipe(fixed, weights=weights))
         assert out.losses[1].isnan()

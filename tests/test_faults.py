@@ -104,7 +104,7 @@ def test_a_chunk_that_does_not_fit_is_halved_and_changes_nothing(products, error
 
 
 @pytest.mark.parametrize(
-    ("error", "message"), zip(NO_MEMORY, ["CUDA out of memory", "DefaultCPUAllocator"], strict=True)
+    ("error", "message"), [(no_memory_on_a_gpu, "CUDA out of memory"), (no_memory_on_a_cpu, "DefaultCPUAllocator")]
 )
 def test_a_second_time_it_is_the_callers(products, error, message):
     products((1, 2), error=error)

@@ -83,7 +83,7 @@ def test_the_next_call_is_right(function, error, count, monkeypatch):
 @pytest.mark.parametrize("count", [6, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_model_is_as_it_was(count):
     """Each time a model that the package has not met, so that what it remembers of one is interrupted too."""
-    pytest.importorskip("transformers")
+    pytest.importorskip("datasets", reason="the trl extra is not installed")
     import tiny
 
     llama = tiny.llama()

@@ -158,6 +158,7 @@ def test_compiles_as_one_graph():
 
 
 def test_of_a_model():
+    pytest.importorskip("datasets", reason="the trl extra is not installed")
     import tiny
 
     model = tiny.llama()

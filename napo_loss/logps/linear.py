@@ -130,4 +130,4 @@ def linear_sequence_logps(
     if not token_statistics:
         return logps
     entropy, top1, mean = statistics.detach().view(3, *target.shape).unbind()
-    return logps._replace(tokens=TokenStatistics(entropy, top1 != 0, mean))
+    return SequenceLogps(logps.sum, logps.length, TokenStatistics(entropy, top1 != 0, mean))

@@ -82,8 +82,8 @@ class ObjectiveCall(Call):
     def to_schema(self) -> dict[str, Any]:
         return {
             **by_name(self.logps, BatchLogps), "previous_moments": self.previous_moments, "means": self.means,
-            **by_name(self.negatives, NegativeNumbers), "beta": self.beta, "sft_weight": self.sft_weight, "decay": self.decay,
-            "average": self.average, "dynamic": self.dynamic,
+            **by_name(self.negatives, NegativeNumbers), "beta": self.beta, "sft_weight": self.sft_weight,
+            "decay": self.decay, "average": self.average, "dynamic": self.dynamic,
         }  # fmt: skip
 
     @classmethod

@@ -57,7 +57,7 @@ def all_reduce_logps(logps: SequenceLogps, process_group: ProcessGroup | None) -
     if process_group is None:
         return logps
     sums, lengths = _AllReduce.apply(torch.stack([logps.sum, logps.length.detach()]), process_group)
-    return logps._replace(sum=sums, length=lengths.detach())
+    return SequenceLogps(sums, lengths.detach(), logps.tokens, logps.aux_loss)
 
 
 class _AllReduce(torch.autograd.Function):
