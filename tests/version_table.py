@@ -23,6 +23,8 @@ def sessions() -> list[dict]:
 
 def table(found: list[dict]) -> str:
     """The versions and counts of each session, then what it left out, and why."""
+    if not found:
+        return "No session has been run yet.\n"
     head = ["Python", "torch", "Triton", "numpy", "TRL", "transformers", "PEFT", "passed", "failed", "skipped"]
     rows = [head, ["---"] * 7 + ["---:"] * 3]
     for x in found:
