@@ -137,3 +137,12 @@ def test_only_its_room_knows_trl():
         modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
         if room(name) != "trl":
             assert not any(module.split(".")[0] == "trl" for module in modules), name
+
+
+def test_no_union_is_asked_for_where_torch_may_trace():
+    """torch 2.8 compiles ``isinstance(x, (A, B))``, and on Python 3.10 not ``isinstance(x, A | B)``."""
+    for name, path in files().items():
+        if room(name) not in {"trl", "bias", "hf"}:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+                    assert not isinstance(node.args[1], ast.BinOp), f"{name}: {ast.unparse(node)}"

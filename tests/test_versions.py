@@ -76,7 +76,7 @@ def test_the_workflow_repeats_the_sessions():
 
 @pytest.mark.parametrize("failed", [[], ["tests.test_ops::test_x"]])
 def test_a_table_tells_what_failed_and_why_tests_were_skipped(failed):
-    one = {name: "1.2.3" for name in version_table.COLUMNS} | {"trl": None, "date": "2026-01-02", "system": "Linux"}
+    one = dict.fromkeys(version_table.COLUMNS, "1.2.3") | {"trl": None, "date": "2026-01-02", "system": "Linux"}
     one |= {"passed": 7, "failed": failed, "skipped": {"no extra": 2}, "files": ["ops", "logps"]}
     text = version_table.table([json.loads(json.dumps(one))])
     assert f"| 1.2.3 | 1.2.3 | 1.2.3 | 1.2.3 | — | 1.2.3 | 1.2.3 | 7 | {len(failed)} | 2 |" in text
