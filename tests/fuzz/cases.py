@@ -114,7 +114,7 @@ SETTINGS = {
     "lengths": [None, "float", "float", "int", "zero"],
     "chosen_length_layout": LAYOUT,
     "rejected_length_layout": LAYOUT,
-    "fused": [False, True],
+    "fused": [*[False] * 7, True],
 }
 
 OBJECTIVE = {**LOGPS, **SETTINGS}
@@ -233,6 +233,8 @@ def settled(case: Case) -> Case:
         return replace(case, options=o)
     if "backend" in o:
         _settle_positions(o, function)
+    if "B" in o:
+        _settle_autocast(o)
     if "q_from" in o:
         _settle_moments(o, function)
     if "recipe" in o:
@@ -270,6 +272,12 @@ def _settle_positions(o: dict[str, Any], function: str) -> None:
             o |= {"bias": True, "softcap": None, "logit_scale": None, "lora": None}
     elif o["inplace"] and o["logits_layout"] == "expanded":
         o["inplace"] = False
+
+
+def _settle_autocast(o: dict[str, Any]) -> None:
+    """PyTorch stacks no bfloat16 tensors under an autocast to float16."""
+    if o["autocast"] == "float16" and "bfloat16" in (o["dtype"], o.get("reference_dtype")):
+        o["autocast"] = "bfloat16"
 
 
 def _settle_moments(o: dict[str, Any], function: str) -> None:
