@@ -1,2 +1,4 @@
-"""A differential fuzzer of the public functions: ``python -m tests.fuzz`` draws a case from each seed and compares it with
-plain float64 formulas that import nothing of the package (``make fuzz``; docs/fuzz.md has the last report)."""
+"""A differential fuzzer of the public functions: a case from each seed, compared with plain float64 formulas.
+
+``python -m tests.fuzz``, or ``make fuzz``; docs/fuzz.md has the last report.
+"""

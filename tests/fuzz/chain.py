@@ -1,4 +1,4 @@
-"""From logits or hidden states to the gradient of the loss: each part is compared given what the part before it made."""
+"""From logits or hidden states to the gradient of the loss: each part is compared given what the one before it made."""
 
 from __future__ import annotations
 
@@ -46,7 +46,11 @@ def run(case: Case) -> None:
     for each in (found, chosen, rejected):
         mean = torch.where(each.length == 0, each.sum, each.sum / each.length)
         if not bool((each.length < 0).any()):
-            exactly("mean", (each.mean - mean).nan_to_num(0).abs().max() <= 1e-6 * mean.nan_to_num(0, 0, 0).abs().max(), True)
+            exactly(
+                "mean",
+                (each.mean - mean).nan_to_num(0).abs().max() <= 1e-6 * mean.nan_to_num(0, 0, 0).abs().max(),
+                True,
+            )
     q = pairs.made(second, policy, lengths)
     reads = pairs.settings(o)
     if not (reads.average or any(n.margin == "mean" and n.q is None for n in reads.negatives)):

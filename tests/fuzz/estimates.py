@@ -42,7 +42,9 @@ def working(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def expected(formula: Callable[..., dict[str, Tensor]], given: list[Tensor | None], work: torch.dtype) -> dict[str, Expected]:
+def expected(
+    formula: Callable[..., dict[str, Tensor]], given: list[Tensor | None], work: torch.dtype
+) -> dict[str, Expected]:
     """Results of a function of these tensors, with the shift of each as its spread."""
 
     def at(dtype: torch.dtype) -> list[Tensor | None]:

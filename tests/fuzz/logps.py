@@ -74,7 +74,9 @@ def called(p: Positions, u: Tensor, x: dict[str, Tensor] | None = None, **more: 
     how = p.o["call"]
     autocast = torch.autocast("cpu", getattr(torch, p.o["autocast"])) if how == "autocast" else nullcontext()
     with torch.no_grad() if how == "no_grad" else nullcontext(), autocast:
-        function = compiled(lambda given: call(p, given, **more)) if how == "compile" else lambda given: call(p, given, **more)
+        function = (
+            compiled(lambda given: call(p, given, **more)) if how == "compile" else lambda given: call(p, given, **more)
+        )
         found = function(dict(x))
     leaves = {name: t for name, t in x.items() if t.requires_grad}
     if not leaves or how == "no_grad":
@@ -229,7 +231,9 @@ def passed_on(p: Positions, draw: Tensor) -> dict[str, Tensor]:
         found["hidden"] = found["hidden"] + s * through @ a["lora_A"]
         found |= {"lora_A": s * through.T @ a["hidden"], "lora_B": s * draw.T @ (a["hidden"] @ a["lora_A"].T)}
     found["hidden"] = placed(found["hidden"], p.tensors["hidden"])
-    extra = {name: p.tensors[name].shape[0] - len(found[name]) for name in ("weight", "bias", "lora_B") if name in p.tensors}
+    extra = {
+        name: p.tensors[name].shape[0] - len(found[name]) for name in ("weight", "bias", "lora_B") if name in p.tensors
+    }
     for name, rows in extra.items():
         found[name] = torch.cat([found[name], found[name].new_zeros(rows, *found[name].shape[1:])])
     return {name: x for name, x in found.items() if name in p.tensors}

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import napo_loss
-from napo_loss import NaPOLoss, NaPOOutput
+from napo_loss import NaPOOutput
 from napo_loss.objective import loss as chooser
 
 from . import pairs, references
 from .cases import Case
-from .compare import FEW, Expected, Untouched, Wrong, check, exactly
+from .compare import Expected, Untouched, Wrong, check, exactly
 from .pairs import Pairs
 from .positions import compiled, gradients, upstream
 
@@ -41,7 +41,9 @@ def modes(o: dict[str, Any]):
 
 def results(out: NaPOOutput, K: int | None) -> Numbers:
     """With the dimension of the negatives, and by name."""
-    found = {name: getattr(out, name) for name in ("losses", "chosen_rewards", "rejected_rewards", "q", "weights", "moments")}
+    found = {
+        name: getattr(out, name) for name in ("losses", "chosen_rewards", "rejected_rewards", "q", "weights", "moments")
+    }
     if K is None:
         found |= {name: found[name][None] for name in ("rejected_rewards", "q", "weights")}
         found["moments"] = found["moments"][:, None]
@@ -58,7 +60,10 @@ def with_gradients(formula: Callable[[Numbers], Numbers], x: Numbers, u: Tensor)
 
 
 def expected(
-    formula: Callable[[Numbers], Numbers], values: Callable[[torch.dtype], Numbers], work: torch.dtype, u: Tensor,
+    formula: Callable[[Numbers], Numbers],
+    values: Callable[[torch.dtype], Numbers],
+    work: torch.dtype,
+    u: Tensor,
     sure: tuple[str, ...] = (),
 ) -> dict[str, Expected]:
     """Every result and gradient. The spread of each is how far it moves when one argument after the other is nudged by
@@ -111,7 +116,9 @@ def run_napo(case: Case) -> None:
     chosen = pairs.recipe(o)
 
     def call(x: Numbers) -> NaPOOutput:
-        return napo_loss.napo_loss(*pairs.arguments(p, x), beta=p.beta, recipe=chosen, previous_moments=pairs.previous(p))
+        return napo_loss.napo_loss(
+            *pairs.arguments(p, x), beta=p.beta, recipe=chosen, previous_moments=pairs.previous(p)
+        )
 
     u = upstream(o["upstream"], (o["B"],), case.seed)
     found = called(p, call, u)
@@ -121,12 +128,19 @@ def run_napo(case: Case) -> None:
         same(found, called(p, call, u))
 
 
-def expected_napo(ranks: list[Pairs], s: references.Settings, u: Tensor, rank: int = 0, given: Tensor | None = None) -> dict:
+def expected_napo(
+    ranks: list[Pairs], s: references.Settings, u: Tensor, rank: int = 0, given: Tensor | None = None
+) -> dict:
     """Of one rank; the others' arguments move its q and weights."""
     p = ranks[rank]
 
     def values(dtype: torch.dtype) -> Numbers:
-        others = {f"{n} of {r}": t.detach() for r, other in enumerate(ranks) if r != rank for n, t in other.values(dtype).items()}
+        others = {
+            f"{n} of {r}": t.detach()
+            for r, other in enumerate(ranks)
+            if r != rank
+            for n, t in other.values(dtype).items()
+        }
         return p.values(dtype) | others | {"beta": beta_of(p, dtype)}
 
     def formula(x: Numbers) -> Numbers:
@@ -134,7 +148,9 @@ def expected_napo(ranks: list[Pairs], s: references.Settings, u: Tensor, rank: i
         for r in range(len(ranks)):
             end = f" of {r}"
             parts.append(x if r == rank else {n.removesuffix(end): t for n, t in x.items() if n.endswith(end)})
-        out = references.napo(parts, s, x["beta"], rank=rank, given=None if given is None else given.to(x["beta"].dtype))
+        out = references.napo(
+            parts, s, x["beta"], rank=rank, given=None if given is None else given.to(x["beta"].dtype)
+        )
         return {name: t for name, t in out.items() if name != "learned"}
 
     return expected(formula, values, p.work, u, sure(p.o))
@@ -170,7 +186,9 @@ def run_fixed(case: Case) -> None:
         shape = {"[]": (), "[B]": (B,), "[K, 1]": (K, 1), "[K, B]": (K, B)}[q]
         q = torch.rand(shape, generator=g, dtype=torch.float64)
         if o["q_values"] != "uniform":
-            edges = torch.tensor([0.0, 1.0, 0.001] if o["q_values"] == "edges" else [1.5, -0.1, 0.5], dtype=torch.float64)
+            edges = torch.tensor(
+                [0.0, 1.0, 0.001] if o["q_values"] == "edges" else [1.5, -0.1, 0.5], dtype=torch.float64
+            )
             q = edges[torch.randint(0, 3, shape, generator=g)]
         kind = p.tensors["policy_chosen"].dtype if o["q_dtype"] == "same" else getattr(torch, o["q_dtype"])
         if p.work != torch.float64 and kind == torch.float64:
@@ -202,65 +220,3 @@ def run_fixed(case: Case) -> None:
         right |= {name: right[name].at((0,)) for name in ("losses", "rejected_rewards")}
     compare(found, right, p.policy)
     before.check(found.items())
-
-
-def run_module(case: Case) -> None:
-    """Steps of training, of one batch or its pieces, then perhaps of evaluation; what is remembered is checked too."""
-    o, s = case.options, pairs.settings(case.options)
-    module = NaPOLoss(pairs.made(case).beta, pairs.recipe(o), reduction=o["reduction"])
-    before = None
-    smooths = s.decay > 0
-    for step in range(o["steps"]):
-        p = pairs.made(Case(case.seed + 1000 * step, case.function, o))
-        untouched = Untouched(p.tensors)
-        if before is not None and smooths:
-            p.tensors["previous"] = before if o["K"] is not None else before[:, 0]
-        last = step == o["steps"] - 1
-        module.train(not (last and o["evaluates"]))
-        if not module.training:
-            p.tensors.pop("previous", None)
-        kept = module.previous_moments
-        right, found = module_step(module, p, s, step)
-        compare(found, right, p.policy)
-        untouched.check(found.items())
-        if smooths and module.training:
-            before = module.previous_moments
-            before = (before if o["K"] is not None else before[:, None]).double()
-            twin = NaPOLoss(0.1, pairs.recipe(o))
-            twin.load_state_dict(module.state_dict())
-            exactly("previous_moments of a copy", twin.previous_moments.nan_to_num(7), module.previous_moments.nan_to_num(7))
-        else:
-            exactly("previous_moments, which are not moved", module.previous_moments is kept, True)
-
-
-def module_step(module: NaPOLoss, p: Pairs, s: references.Settings, step: int) -> tuple[dict[str, Expected], Numbers]:
-    o, B = p.o, p.o["B"]
-    mean = o["reduction"] == "mean"
-    u = upstream(o["upstream"], () if mean else (B,), p.case.seed)
-    right = expected_napo([p], s, (u / B).expand(B) if mean else u)
-    pieces = min(o["pieces"] or 1, B)
-    edges = [round(i * B / pieces) for i in range(pieces + 1)]
-    tensors, outs = {name: t for name, t in p.tensors.items() if name != "previous"}, []
-    with fused(o["fused"]):
-        moments = module.batch_moments(*pairs.arguments(p, tensors)) if o["pieces"] else None
-        for a, b in zip(edges, edges[1:], strict=False):
-            part = {name: t[..., a:b] for name, t in tensors.items()}
-            outs.append(module(*pairs.arguments(p, part), *([moments] if o["pieces"] else [])))
-    found = results(outs[0], o["K"])
-    for out in outs[1:]:
-        exactly("q of pieces", out.q.nan_to_num(7), outs[0].q.nan_to_num(7))
-        exactly("weights of pieces", out.weights.nan_to_num(7), outs[0].weights.nan_to_num(7))
-    for name in ("chosen_rewards", "rejected_rewards"):
-        found[name] = torch.cat([results(out, o["K"])[name] for out in outs], -1)
-    if mean:
-        parts = [out.losses * (b - a) / B for out, a, b in zip(outs, edges, edges[1:], strict=False)]
-        total = sum(parts, torch.tensor(0.0))
-        e = right["losses"]
-        right["losses"] = Expected(e.exact.mean(), e.plain.mean(), torch.as_tensor(e.spread).abs().mean() * (1 + FEW), e.work, e.dtype)
-        found["losses"] = total.to(outs[0].losses.dtype)
-        exactly("dtype of the mean", outs[0].losses.dtype, p.work)
-    else:
-        found["losses"] = torch.cat([out.losses for out in outs])
-        total = found["losses"]
-    grads = gradients((total * u.to(total.dtype)).sum(), p.policy)
-    return right, found | {f"gradient of {name}": t for name, t in grads.items()}

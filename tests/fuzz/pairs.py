@@ -121,7 +121,9 @@ def made(case: Case, policy: dict[str, Tensor] | None = None, lengths: dict[str,
         tensors[name] = x.requires_grad_(name.startswith("policy") or o["references_trained"])
     if o.get("previous"):
         size = (2, *([] if o["K"] is None else [o["K"]]))
-        before = torch.rand(size, generator=g, dtype=torch.float64) * torch.tensor([10.0, 90.0]).view(2, *[1] * (len(size) - 1))
+        before = torch.rand(size, generator=g, dtype=torch.float64) * torch.tensor([10.0, 90.0]).view(
+            2, *[1] * (len(size) - 1)
+        )
         if o["previous"] == "infinite":
             before[0] = INF
         if o.get("q_from") != "each_pair":
@@ -174,13 +176,19 @@ def _negative(o: dict[str, Any], k: int) -> dict[str, Any]:
 def recipe(o: dict[str, Any]) -> Recipe | None:
     """The same for the package."""
     if o["recipe"] in ("released", "paper", "scale_free"):
-        return {"released": napo_loss.RELEASED, "paper": napo_loss.PAPER, "scale_free": napo_loss.SCALE_FREE}[o["recipe"]]
+        return {"released": napo_loss.RELEASED, "paper": napo_loss.PAPER, "scale_free": napo_loss.SCALE_FREE}[
+            o["recipe"]
+        ]
     common = {
         "weights": o["weights"], "average_logps": o["average"], "sft_weight": o["sft"], "q_from": o["q_from"],
         "decay": o["decay"],
     }  # fmt: skip
     if o["recipe"] is None:
-        return None if common == dict(zip(common, (None, False, 0.0, "rank_means", 0.0), strict=True)) else Recipe(**common)
+        return (
+            None
+            if common == dict(zip(common, (None, False, 0.0, "rank_means", 0.0), strict=True))
+            else Recipe(**common)
+        )
     rows = [napo_loss.Negative(**_negative(o, k)) for k in range(o["K"] or 1)]
     if o["K"] is None:
         return Recipe(rows[0], **common)

@@ -135,9 +135,7 @@ def made(case: Case) -> Positions:
 
 
 def _locate(found: Positions, labels: Tensor) -> None:
-    found.at, found.of = predicted(
-        labels.flatten(), shift=found.o["shift"], ignore=found.ignore, ends=found.ends
-    )
+    found.at, found.of = predicted(labels.flatten(), shift=found.o["shift"], ignore=found.ignore, ends=found.ends)
 
 
 def _logits(p: Positions, shape: tuple[int, ...], g: torch.Generator) -> dict[str, Tensor]:

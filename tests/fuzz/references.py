@@ -194,8 +194,9 @@ def napo(
             policy = policy / x["chosen_length"].clamp_min(MIN_LENGTH)
         losses = losses - s.sft * policy
     return {
-        "losses": losses, "chosen_rewards": beta * m["chosen"].detach(), "rejected_rewards": beta * m["rejected"].detach(),
-        "q": q, "weights": weights, "moments": moments, "learned": learned,
+        "losses": losses, "chosen_rewards": beta * m["chosen"].detach(),
+        "rejected_rewards": beta * m["rejected"].detach(), "q": q, "weights": weights,
+        "moments": moments, "learned": learned,
     }  # fmt: skip
 
 

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 
 from ranks import Ranks
 
-from . import chain, estimates, groups, logps, objective
-from .cases import GROUPS, SPACES, Case
+from . import chain, estimates, groups, logps, module, objective
+from .cases import Case
+from .spaces import GROUPS, SPACES
 
 ALONE: dict[str, Callable[[Case], None]] = {
     "sequence_logps": logps.run,
     "linear_sequence_logps": logps.run,
     "noise_aware_dpo_loss": objective.run_fixed,
     "napo_loss": objective.run_napo,
-    "NaPOLoss": objective.run_module,
+    "NaPOLoss": module.run,
     "margin_moments": estimates.run_moments,
     "noise_level": estimates.run_noise,
     "likely_swapped": estimates.run_swapped,
