@@ -2,6 +2,7 @@
 # make test   environment + tests, in minutes: one of each kind
 # make test-all  environment + all tests, those marked slow too
 # make lint   environment + ruff, pyright
+# make fuzz   environment + 20,000 random cases of the public functions against float64 formulas, into docs/fuzz.md
 # make bench  environment + the benchmarks of this machine
 # make docs   environment + the documentation, in site/
 # make release-check  environment + wheel and sdist, built, checked, installed alone and tested
@@ -12,7 +13,7 @@ VENV := .venv
 BASE_PYTHON := python3
 PYTHON := $(if $(VENV),$(VENV)/bin/python,$(BASE_PYTHON))
 
-.PHONY: demo test test-all lint bench docs release-check
+.PHONY: demo test test-all lint fuzz bench docs release-check
 demo: $(if $(VENV),$(VENV)/.demo)
 	$(PYTHON) examples/demo.py
 
@@ -27,6 +28,9 @@ lint: $(if $(VENV),$(VENV)/.dev)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
+
+fuzz: $(if $(VENV),$(VENV)/.test)
+	$(PYTHON) -m tests.fuzz --cases 20000 --report docs/fuzz.md
 
 bench: $(if $(VENV),$(VENV)/.bench)
 	$(PYTHON) -m benchmarks

@@ -59,7 +59,9 @@ class SequenceLogps(NamedTuple):
     @property
     def mean(self) -> Tensor:
         """``sum / length``, and 0 for a sequence without an active position."""
-        return self.sum / self.length.to(self.sum.dtype).clamp_min(MIN_LENGTH)
+        dtype = self.sum.dtype
+        least = max(MIN_LENGTH, torch.finfo(dtype).smallest_normal)  # float16 rounds the former to 0
+        return self.sum / self.length.to(dtype).clamp_min(least)
 
     def pairs(self, K: int = 1) -> tuple[SequenceLogps, SequenceLogps]:
         """Splits a batch ordered ``[chosen; negative 1; …; negative K]``, the order of TRL's collators.

@@ -431,6 +431,16 @@ def test_more_active_positions_than_the_bound_are_a_visible_nan():
     active = int((labels[:, 1:] != -100).sum())
     found = linear_sequence_logps(tensors["hidden"], tensors["weight"], labels, max_active=active - 1)
     assert found.sum.isnan().all()
+    # Those whose rows were all left out, and of weighted tokens, packed or not, each sequence in which one counts.
+    weights = torch.ones_like(labels, dtype=torch.float32)
+    cu_seqlens = torch.arange(len(labels) + 1) * labels.shape[1]
+    for bound in (1, active // 2):
+        given = {"max_active": bound, "token_weights": weights}
+        found = linear_sequence_logps(tensors["hidden"], tensors["weight"], labels, **given)
+        assert torch.equal(found.sum.isnan(), found.length > 0)
+        flat = {"max_active": bound, "token_weights": weights.flatten(), "cu_seqlens": cu_seqlens}
+        packed = linear_sequence_logps(tensors["hidden"].flatten(0, 1), tensors["weight"], labels.flatten(), **flat)
+        assert torch.equal(packed.sum.isnan(), packed.length > 0)
     with pytest.raises(ValueError, match="max_active must be a finite number > 0"):
         linear_sequence_logps(tensors["hidden"], tensors["weight"], labels, max_active=0)
 

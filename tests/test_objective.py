@@ -273,6 +273,34 @@ def test_reference_free_sft_and_average():
     torch.testing.assert_close(average.losses, expected.losses)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_sequence_in_which_nothing_counts_has_a_mean_of_0_in_every_dtype(dtype):
+    chosen = SequenceLogps(torch.tensor([0.0, -8.0], dtype=dtype), torch.tensor([0.0, 4.0], dtype=dtype))
+    rejected = SequenceLogps(torch.tensor([-6.0, 0.0], dtype=dtype), torch.tensor([2.0, 0.0], dtype=dtype))
+    assert chosen.mean.tolist() == [0, -2]
+    assert chosen.mean.dtype == dtype
+    out = napo_loss(chosen, rejected, None, None, recipe=Recipe(Negative(margin="mean", alpha=0.5)))
+    assert out.moments.tolist() == [0.5, 6.5]  # margins of 3 and -2
+    assert out.q == noise_level(torch.tensor([3.0, -2.0]), alpha=0.5)
+
+
+@pytest.mark.parametrize("estimator", ["released", "paper", "moment"])
+@pytest.mark.parametrize("q_from", ["rank_means", "each_pair"])
+def test_the_dtype_of_a_tensor_beta_is_not_that_of_the_loss(estimator, q_from):
+    if (estimator, q_from) == ("moment", "each_pair"):
+        return  # one pair says nothing
+    pc, pr, rc, rr = (x.float() for x in four(7, 3, K=2))
+    recipe = Recipe({"a": Negative(estimator=estimator), "b": Negative(q=0.5)}, q_from=q_from)
+    plain = napo_loss(pc, pr, rc, rr, beta=0.1, recipe=recipe)
+    for dtype in (torch.float64, torch.float16):
+        beta = torch.tensor(0.1, dtype=dtype)
+        out = napo_loss(pc, pr, rc, rr, beta=beta, recipe=recipe)
+        for a, b in zip(
+            (*out, out.q, out.weights, out.moments), (*plain, plain.q, plain.weights, plain.moments), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)  # and their dtypes
+
+
 def test_each_pair_has_a_q_of_its_own():
     inputs = four(4, 5, K=2, scale=300.0)
     each = napo_loss(*inputs, recipe=Recipe(q_from="each_pair"))

@@ -72,11 +72,12 @@ def forward(call: LinearCall, budget: int, steps: Steps) -> Forward:
 
     chunks = balanced(A, rows_at_a_time(hidden, steps.width(V), scratch), hidden.device.type)
     in_parts(work, chunks, alone=call.columns is None)
+    per_position = spread(statistics, rows, call.targets) if call.token_statistics else statistics
+    whole = spread(logp, rows, call.targets)  # [N, T]
     if call.max_active:
         too_many = (call.targets != call.ignore_index).sum() > call.max_active
-        logp.masked_fill_(too_many, torch.nan)  # more cannot be said without a sync
-    per_position = spread(statistics, rows, call.targets) if call.token_statistics else statistics
-    return Forward(spread(logp, rows, call.targets), per_position, saved)
+        whole.masked_fill_(too_many, torch.nan)  # more cannot be said without a sync; those left out are NaN too
+    return Forward(whole, per_position, saved)
 
 
 def backward(

@@ -68,7 +68,8 @@ def linear_sequence_logps(
             Default: a quarter of the GPU's free memory, an eighth of the free memory of a CPU. Of a split vocabulary:
             the same on every rank.
         max_active: at least the number of active positions. Then nothing waits for the GPU, and a CUDA graph can be
-            captured (name a ``logits_budget``, too); this many positions are computed. Of more, every sum is NaN.
+            captured (name a ``logits_budget``, too); this many positions are computed. Of more, every sum in which a
+            token counts is NaN.
         token_statistics: also returns entropy, top-1 hit and mean logit of each position, from the same pass.
         backend: as in :func:`napo_loss.sequence_logps`.
 

@@ -46,6 +46,8 @@ def objective(
     At a few hundred numbers every operation costs the same, so what Python knows is not asked of tensors.
     """
     chosen, rejected, psi, seen = margins_of(batch)
+    if isinstance(beta, Tensor):
+        beta = beta.to(psi.dtype)  # beside the scalar mean of one negative a float64 β would make q and losses float64
     if means is None:
         by_count = recipe.q_from == "all_pairs"
         means = mean_over_group(means_of(psi, seen), psi.shape[-1], by_count=by_count, process_group=process_group)

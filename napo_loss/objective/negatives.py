@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from napo_loss.backend import upcast
 from napo_loss.checks import check_tensor
 from napo_loss.objective.checks import check_length, check_logps, checked_previous
 from napo_loss.objective.estimators import BatchMoments, Moments
@@ -126,14 +127,14 @@ def _split(logps: Logps) -> _Given:
 
 
 def _length(name: str, given: _Given) -> Tensor:
-    """The lengths in the dtype of the sums: a count is a length too."""
+    """The lengths in float32 at least, where the divisor of a sequence without one is no 0: a count is a length too."""
     if given.length is None:
         raise ValueError(
             "this recipe reads per-token means, so policy_chosen_logps and policy_rejected_logps must be "
             "SequenceLogps(sum, length), which carry the lengths; got bare tensors"
         )
     check_length(f"the length of {name}", given.length, given.sum)
-    return given.length if given.length.is_floating_point() else given.length.to(torch.float32)
+    return upcast(given.length)
 
 
 def _stack(name: str, logps: Logps | Mapping[str, Logps]) -> _Given:
