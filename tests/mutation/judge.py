@@ -1,0 +1,60 @@
+"""What a child does: run tests, stop at the first that fails, say which."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+OPTIONS = [
+    "-q", "-x", "-p", "no:cacheprovider", "--tb=line", "--no-header", "--hypothesis-seed=0", "--disable-warnings",
+    "-W", "ignore::pytest.PytestAssertRewriteWarning",
+]  # fmt: skip
+
+
+class Quiet:
+    """The same examples each time, and none shrunk: how a mutant fails is not asked."""
+
+    def pytest_configure(self, config):
+        from hypothesis import Phase, settings
+
+        settings.register_profile(
+            "mutation", parent=settings.default, phases=[Phase.explicit, Phase.generate], derandomize=True, database=None
+        )
+        settings.load_profile("mutation")
+
+    pytest_configure.trylast = True
+
+
+class First:
+    """The first test that fails, or file that cannot be collected."""
+
+    def __init__(self):
+        self.killer, self.passed = "", 0
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.killer = self.killer or f"{report.nodeid} (import)"
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.killer = self.killer or report.nodeid
+        elif report.when == "call" and report.passed:
+            self.passed += 1
+
+
+def judge(batches: list[list[str]], answer: Path) -> int:
+    """Runs one batch of tests after the other. Writes who noticed, and how many passed before."""
+    import pytest
+
+    passed = 0
+    for batch in batches:
+        first = First()
+        code = int(pytest.main([*OPTIONS, *batch], plugins=[first, Quiet()]))
+        passed += first.passed
+        if code == 3 and not first.killer:
+            first.killer = f"{batch[0]} (conftest)"
+        if first.killer or code not in (0, 1):
+            answer.write_text(json.dumps({"killer": first.killer, "passed": passed, "code": code}))
+            return 0
+    answer.write_text(json.dumps({"killer": "", "passed": passed, "code": 0}))
+    return 0
