@@ -248,12 +248,22 @@ def test_image_removal(mode, colour):
         assert (first == again).all()
 
 
-def test_crop_keeps_its_share_of_the_area():
-    corner = Image.fromarray(np.indices((100, 100)).sum(0).astype(np.uint8))
-    for seed in range(20):
-        crop = np.asarray(remove_image(corner, "crop", np.random.default_rng(seed)), dtype=float)
-        height, width = np.ptp(crop[:, 0]), np.ptp(crop[0])  # one grey level a pixel
-        assert 0.003 < height * width / 100**2 < 0.23
+@pytest.mark.parametrize(
+    ("given", "low", "high"),
+    [((), 0.01, 0.2), ((BiasSettings().crop_area,), 0.01, 0.2), (((0.3, 0.4),), 0.3, 0.4)],
+)
+def test_crop_keeps_its_share_of_the_area(given, low, high):
+    """Shares of the area are drawn evenly between the bounds, by default 1 and 20 %: the released helper's."""
+    corner = Image.fromarray(np.indices((120, 120)).sum(0).astype(np.uint8))
+    shares = []
+    for seed in range(200):
+        crop = np.asarray(remove_image(corner, "crop", np.random.default_rng(seed), *given), dtype=float)
+        height, width = np.ptp(crop[:, 0]) + 1, np.ptp(crop[0]) + 1  # one grey level a pixel
+        shares.append(height * width / 120**2)
+        assert 0.7 < width / height < 1.43  # 3/4 to 4/3, and a pixel
+    assert low * 0.8 < min(shares) < low + 0.03 * (high - low) + 0.003
+    assert high - 0.03 * (high - low) - 0.01 < max(shares) < high * 1.05
+    assert abs(np.mean(shares) - (low + high) / 2) < 0.1 * (high - low)
 
 
 @pytest.mark.parametrize("mode", ["noise", "crop"])

@@ -25,8 +25,8 @@ TWINS = (
 SWAP = {a: b for pair in TWINS for a, b in (pair.split(), reversed(pair.split()))}
 COMPILED = {"num_warps", "num_stages", "enable_fp_fusion"}
 """Options of Triton's compiler, which its interpreter does not see: `python -m benchmarks static --check` does."""
-HERE = {None, "device", *COMPILED}
-"""Keywords that are not dropped: `**more`, and what says nothing on a machine without a GPU."""
+KEPT = {None, "device", "strict", *COMPILED}
+"""Keywords that are not dropped: `**more`, what says nothing on a machine without a GPU, and ``zip``'s assertion."""
 PLAIN_CALLS = {"detach", "clone", "contiguous", "float", "double", "eval", "copy", "item"}
 """Methods that hand back their object, which a mutant hands back itself."""
 
@@ -196,7 +196,7 @@ class _Finder:
             self.add(test, "condition swapped", f"(not ({ast.unparse(test)}))")
 
     def expression(self, node: ast.AST) -> None:
-        if isinstance(node, ast.JoinedStr | ast.FormattedValue) or getattr(node, "arg", None) in COMPILED:
+        if isinstance(node, ast.JoinedStr | ast.FormattedValue) or getattr(node, "arg", None) in {*COMPILED, "strict"}:
             return
         handler = getattr(self, f"on_{type(node).__name__.lower()}", None)
         descend = handler(node) if handler else True
@@ -255,7 +255,7 @@ class _Finder:
         if isinstance(node.func, ast.Attribute) and name in PLAIN_CALLS and not node.args:
             self.add(node, "call dropped", f"({ast.unparse(node.func.value)})")
         for i, keyword in enumerate(node.keywords):
-            if keyword.arg not in HERE:
+            if keyword.arg not in KEPT:
                 self.changed(node, "keyword dropped", keywords=[*node.keywords[:i], *node.keywords[i + 1 :]])
 
     def on_lambda(self, node: ast.Lambda) -> None:
