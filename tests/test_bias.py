@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,9 @@ def conversations(parts: bool, n: int = 3):
             for i in range(n)
         ]
     )
+
+
+WITHOUT_IMAGES = datasets.Dataset.from_dict({"prompt": ["<image> what ?"], "image": ["a.png"], "chosen": ["a"]})
 
 
 @pytest.fixture
@@ -424,6 +428,32 @@ def test_one_process_writes_and_a_complete_cache_is_only_read(model, processor, 
     assert cached(model, processor, tmp_path, data) == whole
 
 
+def test_noise_takes_every_value():
+    noise = np.asarray(remove_image(Image.new("L", (64, 64)), "noise", np.random.default_rng(0)))
+    assert len(np.unique(noise)) == 256
+
+
+@pytest.mark.parametrize(
+    ("own", "eos", "pad", "ends", "padding"),
+    [
+        (1, 1, 0, [1], 0), (None, 1, None, [1], 1), ([5, 6], 1, None, [5, 6, 1], 5), ([5, 1], 1, 2, [5, 1], 2),
+        (7, None, 0, [7], 0), (None, None, 0, None, 0),
+    ],
+)  # fmt: skip
+def test_answers_end_where_model_or_tokenizer_ends_them(own, eos, pad, ends, padding):
+    """And are padded by what pads, or else by what ends."""
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=own))
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=eos, pad_token_id=pad))
+    config = Answers(model, processor, "image_only", BiasSettings()).config
+    assert (config.eos_token_id, config.pad_token_id) == (ends, padding)
+
+
+def test_without_pad_and_end_nothing_can_be_padded():
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=None, pad_token_id=None))
+    with pytest.raises(ValueError, match="neither pad_token nor eos_token"):
+        Answers(object(), processor, "image_only", BiasSettings())
+
+
 def test_model_and_random_state_are_left_as_they_were(model, processor):
     model.train()
     model.model.vision_tower.eval()
@@ -446,7 +476,13 @@ def test_model_and_random_state_are_left_as_they_were(model, processor):
         ({"dataset": [{"prompt": "x"}]}, TypeError, "dataset"),
         ({"dataset": strings().remove_columns("chosen")}, ValueError, "chosen"),
         ({"dataset": strings().remove_columns("images")}, ValueError, "images"),
-        ({"dataset": strings().rename_column("rejected", "image_only")}, ValueError, "image_only"),
+        (
+            {"dataset": strings().rename_column("rejected", "image_only")},
+            ValueError,
+            r"has the columns \['image_only'\] already",
+        ),
+        ({"dataset": strings(2).map(lambda _: {"images": []})}, TypeError, "row 0 of dataset needs PIL images"),
+        ({"dataset": WITHOUT_IMAGES}, TypeError, r"row 0 of dataset needs PIL images .*, got \['a.png'\]"),
         ({"model": object()}, TypeError, "model"),
         ({"processor": object()}, TypeError, "processor"),
         ({"dataset": strings(2).map(lambda _: {"prompt": "no placeholder"})}, ValueError, "placeholders"),
@@ -475,12 +511,20 @@ def test_bad_input(model, processor, kwargs, error, match):
     ("name", "value"),
     [
         ("instruction", " "), ("image_removal", "blur"), ("num_beams", 0), ("num_beams", 1.5), ("max_new_tokens", 0),
-        ("temperature", -1.0), ("seed", -1), ("crop_area", (0.3, 0.1)), ("question_pattern", "(.*)"),
+        ("num_beams", True), ("temperature", -1.0), ("seed", -1), ("crop_area", (0.3, 0.1)),
+        ("crop_area", (0.0, 0.1)), ("crop_area", (0.5, 1.1)), ("question_pattern", "(.*)"),
     ],
 )  # fmt: skip
 def test_bad_settings(name, value):
     with pytest.raises(ValueError, match=name):
         BiasSettings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "edge", [{"crop_area": (0.2, 0.2)}, {"crop_area": (0.5, 1)}, {"seed": 0}, {"num_beams": 1, "max_new_tokens": 1}]
+)
+def test_settings_at_the_edge_are_taken(edge):
+    assert {name: getattr(BiasSettings(**edge), name) for name in edge} == edge
 
 
 @pytest.mark.parametrize(

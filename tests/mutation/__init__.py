@@ -1,8 +1,8 @@
 """Mutation testing of the library itself: is there a test for each thing the code says?
 
-``python tests/mutation`` changes one thing in a copy of the tree (``<`` to ``<=``, a constant to the next, a statement to
-nothing), runs the tests that execute the changed lines, and reports what no test noticed. ``make mutants`` does so with
-every mutant there is, which takes a night; ``--sample`` with some of each file.
+``python tests/mutation`` changes one thing in a copy of the tree (``<`` to ``<=``, a constant to the next, a statement
+to nothing), runs the tests that execute the changed lines, and reports what no test noticed. ``make mutants`` does so
+with every mutant there is, which takes a night or two; ``--sample`` with some of each file.
 
 Ours, since what there is does not serve here. mutmut mutates functions by trampolines that hold all mutants at once,
 which Triton, reading a kernel's source, compiles or interprets as written; cosmic-ray and mutatest start an interpreter

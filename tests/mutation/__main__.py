@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tqdm  # noqa: E402
+import tqdm
 
-from mutation import report, run, scratch, trace  # noqa: E402
+from mutation import report, run, scratch, trace
 
 tqdm.tqdm.monitor_interval = 0  # no thread, of which a fork would be a half
 
@@ -29,7 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tests", choices=("quick", "all"), default="all", help="those of make test, or all")
     parser.add_argument("--most", type=float, default=float("inf"), metavar="S", help="seconds of tests for a mutant")
     parser.add_argument("--again", action="store_true", help="also those that survived an earlier run")
-    parser.add_argument("--stale", action="store_true", help="use what was traced before; nothing is judged to survive")
+    parser.add_argument("--stale", action="store_true", help="only tests whose trace holds; survivors are provisional")
     parser.add_argument("--list", action="store_true", help="only name the mutants")
     parser.add_argument("--report", action="store_true", help="only write the report of the verdicts there are")
     return parser.parse_args()
@@ -50,7 +50,7 @@ def main() -> int:
         return 0
     if not asked.report:
         _judge(asked, tiers, found, chosen)
-    return report.write(found, run.past(found, tiers), tiers)
+    return report.write(found, run.past(found, tiers, partial=True), tiers)
 
 
 def _judge(asked: argparse.Namespace, tiers: list[str], found: dict, chosen: list) -> None:
@@ -70,8 +70,6 @@ def _judge(asked: argparse.Namespace, tiers: list[str], found: dict, chosen: lis
                 result.command = command
                 if result.outcome not in ("killed", "timeout"):
                     tqdm.tqdm.write(f"{result.outcome}: {mutant}")
-                    if asked.stale and tests.stale:
-                        result.state = "stale"  # holds nowhere
                 results.write(json.dumps(result.__dict__) + "\n")
                 bar.update()
         shutil.rmtree(folder, ignore_errors=True)

@@ -18,7 +18,11 @@ class Quiet:
         from hypothesis import Phase, settings
 
         settings.register_profile(
-            "mutation", parent=settings.default, phases=[Phase.explicit, Phase.generate], derandomize=True, database=None
+            "mutation",
+            parent=settings.default,
+            phases=[Phase.explicit, Phase.generate],
+            derandomize=True,
+            database=None,
         )
         settings.load_profile("mutation")
 

@@ -99,7 +99,9 @@ class _Finder:
         for name, value in fields.items():
             setattr(twin, name, value)
         text = ast.unparse(twin)
-        self.add(node, kind, text if isinstance(twin, ast.Constant | ast.Name | ast.Call | ast.Attribute) else f"({text})")
+        self.add(
+            node, kind, text if isinstance(twin, ast.Constant | ast.Name | ast.Call | ast.Attribute) else f"({text})"
+        )
 
     def visit_module(self) -> None:
         self.block(ast.parse(self.source).body)
@@ -237,7 +239,9 @@ class _Finder:
         self.changed(node, "and, or", op=ast.Or() if isinstance(node.op, ast.And) else ast.And())
         for i in range(len(node.values)):
             rest = [*node.values[:i], *node.values[i + 1 :]]
-            self.add(node, "operand dropped", f"({ast.unparse(rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest))})")
+            self.add(
+                node, "operand dropped", f"({ast.unparse(rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest))})"
+            )
 
     def on_ifexp(self, node: ast.IfExp) -> None:
         self.changed(node, "condition swapped", body=node.orelse, orelse=node.body)

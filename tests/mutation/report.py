@@ -21,12 +21,12 @@ OUTCOMES = ("killed", "timeout", "equivalent", "survived", "untested")
 INTRODUCTION = """\
 # Is there a test for it?
 
-Tests pass on right code; whether they would fail on wrong code is another question. `make mutants` asks it: it changes one
-thing in a copy of the library (`<` to `<=`, a constant to the next, a keyword or a statement to nothing), runs the tests that
-execute the changed lines, and calls the mutant *killed* where one fails. What no test notices is a *survivor*: a missing test,
-needless code, or a change that changes nothing (*equivalent*, each with its reason in
-[tests/mutation/equivalent.toml](../tests/mutation/equivalent.toml)). An equivalent that is killed, or that is gone from the
-code, is an error.
+Tests pass on right code; whether they would fail on wrong code is another question. `make mutants` asks it: it changes
+one thing in a copy of the library (`<` to `<=`, a constant to the next, a keyword or a statement to nothing), runs the
+tests that execute the changed lines, and calls the mutant *killed* where one fails. What no test notices is a
+*survivor*: a missing test, needless code, or a change that changes nothing (*equivalent*, each with its reason in
+[tests/mutation/equivalent.toml](../tests/mutation/equivalent.toml)). An equivalent that is killed, or that is gone from
+the code, is an error.
 
 This page is written by the tool, of the mutants that have been tried; the share is of those that are not equivalent.
 """
@@ -77,7 +77,10 @@ def tables(made: list[dict]) -> str:
     """By room, and by kind of change."""
     text = []
     for title, key in (("room", lambda row: room(row["file"])), ("change", lambda row: row["kind"])):
-        text += [f"| {title} | tried | {' | '.join(OUTCOMES)} | share killed |", f"|---|{'---:|' * (len(OUTCOMES) + 2)}"]
+        text += [
+            f"| {title} | tried | {' | '.join(OUTCOMES)} | share killed |",
+            f"|---|{'---:|' * (len(OUTCOMES) + 2)}",
+        ]
         groups = sorted({key(row) for row in made})
         for name in [*groups, "all"]:
             count = Counter(row["outcome"] for row in made if name == "all" or key(row) == name)

@@ -10,13 +10,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from mutation import trace
 from mutation.judge import judge
 from mutation.mutate import Mutant, mutants
 from mutation.scratch import ROOT, Child, Scratch
-from mutation.trace import TIERS, digest, library, load, test_files
+from mutation.trace import digest, library, load, test_files
 
 RESULTS = trace.CACHE / "results.jsonl"
 LEAST, FACTOR = 120.0, 10.0
@@ -108,7 +108,7 @@ def _importers() -> dict[str, set[str]]:
     return defaultdict(set, found)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _functions(test_file: str) -> dict[str, str]:
     tree = ast.parse((ROOT / test_file).read_bytes())
     return {node.name: ast.dump(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
@@ -121,7 +121,7 @@ def killed_state(mutant: Mutant, killer: str) -> str:
     return hashlib.sha256(f"{digest(mutant.file)} {test}".encode()).hexdigest()[:16]
 
 
-@lru_cache(maxsize=None)
+@cache
 def whole_state(tiers: str) -> str:
     """What surviving depends on: everything."""
     names = [*library(), *test_files(), *trace.helpers()]
@@ -146,7 +146,11 @@ def sample(chosen: Iterable[Mutant], count: int, seed: int) -> list[Mutant]:
     return [x for _, _, x in sorted(turns, key=lambda turn: turn[:2])][:count]
 
 
-def past(all_mutants: dict[str, Mutant], tiers: list[str]) -> dict[str, Result]:
+PARTIAL = " partial"
+"""Ends the state of a verdict that some of the tests were not asked for: good enough to be read, not to be kept."""
+
+
+def past(all_mutants: dict[str, Mutant], tiers: list[str], partial: bool = False) -> dict[str, Result]:
     """Verdicts of earlier runs that still hold."""
     found: dict[str, Result] = {}
     for row in RESULTS.read_text().splitlines() if RESULTS.exists() else []:
@@ -155,7 +159,7 @@ def past(all_mutants: dict[str, Mutant], tiers: list[str]) -> dict[str, Result]:
         if mutant is not None:
             killed = result.outcome == "killed"
             now = killed_state(mutant, result.killer) if killed else whole_state(",".join(tiers))
-            if result.state == now:
+            if result.state == now or (partial and result.state == now + PARTIAL):
                 found[result.id] = result
     return found
 
@@ -219,10 +223,14 @@ class Court:
         found = json.loads(answer.read_text())
         if found["code"] not in (0, 1, 2, 3) or (found["code"] and not found["killer"]):
             raise RuntimeError(f"pytest could not run the tests of {mutant}:\n{scratch.log.read_text()[-3000:]}")
-        return self._result(mutant, "killed" if found["killer"] else "survived", found["killer"], found["passed"], seconds)
+        return self._result(
+            mutant, "killed" if found["killer"] else "survived", found["killer"], found["passed"], seconds
+        )
 
     def _result(self, mutant: Mutant, outcome: str, killer: str, tests: int, seconds: float) -> Result:
         state = killed_state(mutant, killer) if outcome == "killed" else whole_state(",".join(self.tests.tiers))
+        if outcome != "killed" and (self.tests.stale or self.most < float("inf")):
+            state += PARTIAL
         return Result(mutant.id, outcome, killer, tests, round(seconds, 1), state)
 
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -80,7 +81,7 @@ class Scratch:
             sys.path_importer_cache.clear()
             importlib.invalidate_caches()
             os.environ.update(PYTHONPATH=str(self.root), TMPDIR=str(self.temporary), OMP_NUM_THREADS="1")
-            os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that a test starts would compile everything anew
+            os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what a test starts would compile all anew
             sys.dont_write_bytecode, tempfile.tempdir = False, None
             code = function(*args)
         except BaseException:
@@ -114,7 +115,7 @@ class Child:
         return None if pid == 0 else os.waitstatus_to_exitcode(status)
 
     def over(self, limit: float) -> bool:
-        """Whether it has used ``limit`` seconds of a core, or stands still. Neither depends on how busy a machine is."""
+        """Whether it has used ``limit`` seconds of a core, or stands still: neither is a matter of a busy machine."""
         used, now = 0.0, time.monotonic()
         for process in self.family():
             try:
@@ -142,10 +143,8 @@ class Child:
 
     def reap(self) -> None:
         """Ends what the child left behind in its session."""
-        try:
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
 
 
 def warm() -> None:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from mutation import hits
@@ -46,9 +46,9 @@ def library() -> list[str]:
     return sorted(name for name in names if not name.startswith("napo_loss/kernels/"))
 
 
-@lru_cache(maxsize=None)
-def digest(name: str) -> str:
-    path = ROOT / name
+@cache
+def digest(name: str, root: Path = ROOT) -> str:
+    path = root / name
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else "gone"
 
 
@@ -112,8 +112,11 @@ class Plugin:
         self.now.set(hits.NOBODY)
 
 
-COMPILED = "tests/test_kernels.py::test_compiled_for_every_target_and_no_worse_than_committed"  # minutes, and no verdict
-OPTIONS = ["-q", "--deselect", COMPILED, "-p", "no:cacheprovider", "-p", "no:randomly", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+COMPILED = "tests/test_kernels.py::test_compiled_for_every_target_and_no_worse_than_committed"
+"""Takes minutes, and judges the compiler's output."""
+OPTIONS = [
+    "-q", "--deselect", COMPILED, "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning",
+]  # fmt: skip
 
 
 def _run(test_file: str, tier: str, folder: Path, root: Path) -> int:
@@ -157,7 +160,7 @@ def trace(test_file: str, tier: str, scratch: Scratch):
         found = json.loads(result.read_text())
         executed = {name for by_file in found["lines"].values() for name in by_file}
         depends = {test_file, *helpers(), *executed}
-        traced = Traced(**found, files={name: digest(name) for name in sorted(depends)})
+        traced = Traced(**found, files={name: digest(name, scratch.root) for name in sorted(depends)})
         path = _shard(test_file, tier)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(traced.__dict__))
