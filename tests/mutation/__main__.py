@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tqdm
 
-from mutation import report, run, scratch, trace
+from mutation import recorded, report, run, scratch, trace
 
 tqdm.tqdm.monitor_interval = 0  # no thread, of which a fork would be a half
 
@@ -30,6 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--most", type=float, default=float("inf"), metavar="S", help="seconds of tests for a mutant")
     parser.add_argument("--again", action="store_true", help="also those that survived an earlier run")
     parser.add_argument("--stale", action="store_true", help="only tests whose trace holds; survivors are provisional")
+    parser.add_argument("--recorded", type=int, metavar="N", help="N killed ones of the table, with their killers only")
     parser.add_argument("--list", action="store_true", help="only name the mutants")
     parser.add_argument("--report", action="store_true", help="only write the report of the verdicts there are")
     return parser.parse_args()
@@ -48,6 +49,8 @@ def main() -> int:
     if asked.list:
         print(*chosen, sep="\n")
         return 0
+    if asked.recorded is not None:
+        return recorded.check(found, asked.recorded, asked.seed, asked.jobs)
     if not asked.report:
         _judge(asked, tiers, found, chosen)
     return report.write(found, run.past(found, tiers, partial=True), tiers)
@@ -64,14 +67,19 @@ def _judge(asked: argparse.Namespace, tiers: list[str], found: dict, chosen: lis
         known = run.past(found, tiers)
         wanted = [x for x in chosen if x.id not in known or (asked.again and known[x.id].outcome != "killed")]
         court = run.Court(scratches, tests, asked.most)
+        fresh: list[run.Result] = []
         command = f"python tests/mutation {' '.join(sys.argv[1:])}".strip()
         with run.RESULTS.open("a", buffering=1) as results, tqdm.tqdm(total=len(wanted), unit="mutant") as bar:
             for mutant, result in court.try_all(wanted):
                 result.command = command
                 if result.outcome not in ("killed", "timeout"):
                     tqdm.tqdm.write(f"{result.outcome}: {mutant}")
+                fresh.append(result)
                 results.write(json.dumps(result.__dict__) + "\n")
                 bar.update()
+            killers = {x.killer for x in fresh if x.outcome == "killed" and "::" in x.killer and " " not in x.killer}
+            if failing := court.control(killers):
+                raise SystemExit(f"these tests fail without a mutant: {failing}; delete {run.RESULTS} and run again")
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -21,7 +21,7 @@ from mutation.trace import digest, library, load, test_files
 RESULTS = trace.CACHE / "results.jsonl"
 LEAST, FACTOR = 120.0, 10.0
 """Seconds of a core that a mutant may use: the least, and as a multiple of what its tests took under the tracer."""
-BATCHES = (2.0, 20.0, 200.0)
+BATCHES = (4.0, 40.0, 400.0)
 """Seconds of tests that are collected at a time: most mutants die in the first."""
 
 
@@ -108,8 +108,13 @@ def _importers() -> dict[str, set[str]]:
     return defaultdict(set, found)
 
 
+def function_of(name: str) -> str:
+    """Of a test's name in its file, the function's."""
+    return name.split("[")[0].split("::")[-1]
+
+
 @cache
-def _functions(test_file: str) -> dict[str, str]:
+def functions(test_file: str) -> dict[str, str]:
     tree = ast.parse((ROOT / test_file).read_bytes())
     return {node.name: ast.dump(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
@@ -117,7 +122,7 @@ def _functions(test_file: str) -> dict[str, str]:
 def killed_state(mutant: Mutant, killer: str) -> str:
     """What a kill depends on: the file of the mutant, and the test that noticed."""
     file, _, name = killer.removesuffix(" (import)").partition("::")
-    test = _functions(file).get(name.split("[")[0].split("::")[-1], digest(file)) if (ROOT / file).is_file() else "gone"
+    test = functions(file).get(function_of(name), digest(file)) if (ROOT / file).is_file() else "gone"
     return hashlib.sha256(f"{digest(mutant.file)} {test}".encode()).hexdigest()[:16]
 
 
@@ -206,6 +211,22 @@ class Court:
                     again.append(mutant)
                     continue
                 yield mutant, self._verdict(scratch, mutant, child, late, code)
+
+    def control(self, tests: Iterable[str]) -> list[str]:
+        """Those of the tests that fail though nothing is changed: what they noticed is nothing."""
+        left, failing = sorted(set(tests)), []
+        while left:
+            answer = self.scratches[0].root.parent / "answer.json"
+            answer.unlink(missing_ok=True)
+            child = self.scratches[0].fork(judge, [left], answer)
+            os.waitpid(child.pid, 0)
+            child.reap()
+            found = json.loads(answer.read_text())
+            if not found["killer"]:
+                break
+            failing.append(found["killer"])
+            left.remove(found["killer"])
+        return failing
 
     def _start(self, scratch: Scratch, mutant: Mutant, source: bytes, pieces: list[list[str]]) -> Child:
         scratch.write(mutant.file, source)

@@ -131,7 +131,7 @@ def _run(test_file: str, tier: str, folder: Path, root: Path) -> int:
     hits.start(str(folder), str(root))
     from mutation.judge import Quiet
 
-    pytest.main([*OPTIONS, "-m", TIERS[tier], test_file], plugins=[plugin, Quiet()])
+    pytest.main([*OPTIONS, "-m", TIERS[tier], test_file], plugins=[plugin, Quiet(examples=5)])
     sys.settrace(None)
     names = {number: name for name, number in plugin.numbers.items()}
     lines: dict = {}
