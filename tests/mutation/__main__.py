@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import gc
 import json
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -29,7 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tests", choices=("quick", "all"), default="all", help="those of make test, or all")
     parser.add_argument("--most", type=float, default=float("inf"), metavar="S", help="seconds of tests for a mutant")
     parser.add_argument("--again", action="store_true", help="also those that survived an earlier run")
-    parser.add_argument("--stale", action="store_true", help="only tests whose trace holds; survivors are provisional")
+    parser.add_argument("--stale", action="store_true", help="trace nothing: what was is a hint, survivors provisional")
     parser.add_argument("--recorded", type=int, metavar="N", help="N killed ones of the table, with their killers only")
     parser.add_argument("--list", action="store_true", help="only name the mutants")
     parser.add_argument("--report", action="store_true", help="only write the report of the verdicts there are")
@@ -53,6 +53,7 @@ def main() -> int:
         return recorded.check(found, asked.recorded, asked.seed, asked.jobs)
     if not asked.report:
         _judge(asked, tiers, found, chosen)
+    gc.unfreeze()
     return report.write(found, run.past(found, tiers, partial=True), tiers)
 
 
@@ -63,7 +64,7 @@ def _judge(asked: argparse.Namespace, tiers: list[str], found: dict, chosen: lis
         trace.CACHE.mkdir(parents=True, exist_ok=True)
         if not asked.stale:
             trace.trace_all(scratches, trace.stale(tiers), tqdm.tqdm.write)
-        tests = run.Tests(tiers)
+        tests = run.Tests(tiers, asked.stale)
         known = run.past(found, tiers)
         wanted = [x for x in chosen if x.id not in known or (asked.again and known[x.id].outcome != "killed")]
         court = run.Court(scratches, tests, asked.most)
@@ -79,8 +80,8 @@ def _judge(asked: argparse.Namespace, tiers: list[str], found: dict, chosen: lis
                 bar.update()
             killers = {x.killer for x in fresh if x.outcome == "killed" and "::" in x.killer and " " not in x.killer}
             if failing := court.control(killers):
-                raise SystemExit(f"these tests fail without a mutant: {failing}; delete {run.RESULTS} and run again")
-        shutil.rmtree(folder, ignore_errors=True)
+                run.forget(failing)
+                raise SystemExit(f"these tests fail without a mutant, so their kills are none: {failing}")
 
 
 if __name__ == "__main__":

@@ -39,14 +39,14 @@ class Result:
 class Tests:
     """Who executes a line, from the traced runs."""
 
-    def __init__(self, tiers: Iterable[str]):
+    def __init__(self, tiers: Iterable[str], stale: bool = False):
         self.tiers = list(tiers)
         self.stale = trace.stale(self.tiers)
         self.seconds: dict[str, float] = {}
         self.by_line: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
         for tier in self.tiers:
             for name in test_files():
-                traced = load(name, tier)
+                traced = load(name, tier, stale)
                 if traced is None:
                     continue
                 for test, by_file in traced.lines.items():
@@ -167,6 +167,12 @@ def past(all_mutants: dict[str, Mutant], tiers: list[str], partial: bool = False
             if result.state == now or (partial and result.state == now + PARTIAL):
                 found[result.id] = result
     return found
+
+
+def forget(killers: Iterable[str]) -> None:
+    """Takes back what tests have noticed that fail by themselves."""
+    kept = [row for row in RESULTS.read_text().splitlines(True) if json.loads(row)["killer"] not in set(killers)]
+    RESULTS.write_text("".join(kept))
 
 
 class Court:
