@@ -1,6 +1,7 @@
 """The kernels as kernels: the fused objective against the plain one, guard bands, launch choices, compiled code."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,12 +79,29 @@ def test_fused_objective_is_the_plain_one(
         assert (c - a).abs().max() / size <= 3 * (b - a).abs().max() / size + 3e-6
 
 
+@pytest.mark.parametrize(
+    ("on_gpu", "dtype", "q_from", "fused"),
+    [
+        (True, torch.float32, "rank_means", True), (True, torch.bfloat16, "all_pairs", True),
+        (False, torch.float32, "rank_means", False), (True, torch.float64, "rank_means", False),
+        (True, torch.float32, "each_pair", False),
+    ],
+)  # fmt: skip
+def test_what_the_objective_kernel_is_for(on_gpu, dtype, q_from, fused):
+    """A GPU, at most float32, one q for each kind of negative."""
+    batch = SimpleNamespace(logps=SimpleNamespace(policy_chosen=SimpleNamespace(is_cuda=on_gpu, dtype=dtype)))
+    assert objective._can_fuse(batch, Recipe(q_from=q_from)) == fused
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("average", [False, True])
 def test_a_fully_masked_answer_has_a_mean_of_zero(monkeypatch, fused, average):
-    """Its sum and its length are 0: it counts as an answer of mean 0, in q and in the loss, and makes nothing infinite."""
+    """Its sum and its length are 0: an answer of mean 0, in q and in the loss, and nothing becomes infinite."""
     pc, pr = torch.tensor([-6.0, -3.0]), torch.tensor([-8.0, 0.0])
-    refs, lengths = (torch.tensor([-7.0, -5.0]), torch.tensor([-7.0, 0.0])), (torch.tensor([2, 4]), torch.tensor([4, 0]))
+    refs, lengths = (
+        (torch.tensor([-7.0, -5.0]), torch.tensor([-7.0, 0.0])),
+        (torch.tensor([2, 4]), torch.tensor([4, 0])),
+    )
     recipe = Recipe(Negative(0.5, "mean"), average_logps=average)
     losses, chosen, rejected, q, *_ = run_objective(
         monkeypatch, fused, torch.float32, pc, pr, refs, lengths, recipe=recipe
