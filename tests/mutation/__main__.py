@@ -30,6 +30,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--most", type=float, default=float("inf"), metavar="S", help="seconds of tests for a mutant")
     parser.add_argument("--again", action="store_true", help="also those that survived an earlier run")
     parser.add_argument("--stale", action="store_true", help="trace nothing: what was is a hint, survivors provisional")
+    parser.add_argument(
+        "--with", dest="tried", nargs="+", metavar="TEST", help="these tests only, as pytest names them"
+    )
     parser.add_argument("--recorded", type=int, metavar="N", help="N killed ones of the table, with their killers only")
     parser.add_argument("--list", action="store_true", help="only name the mutants")
     parser.add_argument("--report", action="store_true", help="only write the report of the verdicts there are")
@@ -62,16 +65,17 @@ def _judge(asked: argparse.Namespace, tiers: list[str], found: dict, chosen: lis
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         scratches = [scratch.Scratch(Path(folder) / str(i)) for i in range(asked.jobs)]
         trace.CACHE.mkdir(parents=True, exist_ok=True)
-        if not asked.stale:
+        if not (asked.stale or asked.tried):
             trace.trace_all(scratches, trace.stale(tiers), tqdm.tqdm.write)
-        tests = run.Tests(tiers, asked.stale)
+        tests = run.Tests(tiers, asked.stale or bool(asked.tried))
         known = run.past(found, tiers)
         wanted = [x for x in chosen if x.id not in known or (asked.again and known[x.id].outcome != "killed")]
-        court = run.Court(scratches, tests, asked.most)
+        court = run.Court(scratches, tests, asked.most, partial=bool(asked.tried))
+        batches = {x.id: [[test] for test in asked.tried] for x in wanted} if asked.tried else None
         fresh: list[run.Result] = []
         command = f"python tests/mutation {' '.join(sys.argv[1:])}".strip()
         with run.RESULTS.open("a", buffering=1) as results, tqdm.tqdm(total=len(wanted), unit="mutant") as bar:
-            for mutant, result in court.try_all(wanted):
+            for mutant, result in court.try_all(wanted, batches):
                 result.command = command
                 if result.outcome not in ("killed", "timeout"):
                     tqdm.tqdm.write(f"{result.outcome}: {mutant}")

@@ -178,8 +178,9 @@ def forget(killers: Iterable[str]) -> None:
 class Court:
     """As many mutants at a time as there are copies of the tree."""
 
-    def __init__(self, scratches: list[Scratch], tests: Tests, most: float = float("inf")):
+    def __init__(self, scratches: list[Scratch], tests: Tests, most: float = float("inf"), partial: bool = False):
         self.scratches, self.tests, self.most = scratches, tests, most
+        self.partial = partial or bool(tests.stale) or most < float("inf")
 
     def try_all(self, wanted: Iterable[Mutant], batches: dict[str, list[list[str]]] | None = None):
         """Yields a mutant and its result as each is known. ``batches`` says which tests to run, if not those that the
@@ -256,7 +257,7 @@ class Court:
 
     def _result(self, mutant: Mutant, outcome: str, killer: str, tests: int, seconds: float) -> Result:
         state = killed_state(mutant, killer) if outcome == "killed" else whole_state(",".join(self.tests.tiers))
-        if outcome != "killed" and (self.tests.stale or self.most < float("inf")):
+        if outcome != "killed" and self.partial:
             state += PARTIAL
         return Result(mutant.id, outcome, killer, tests, round(seconds, 1), state)
 

@@ -57,7 +57,7 @@ class Scratch:
         self.write(name, (ROOT / name).read_bytes())
 
     def fork(self, function: Callable, *args) -> Child:
-        """Runs ``function(*args)`` in the copy, in a session of its own; what it returns is the exit code."""
+        """Runs ``function(*args)`` in the copy, in a process group of its own; what it returns is the exit code."""
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir(parents=True)
         shutil.rmtree(self.root / ".hypothesis", ignore_errors=True)  # a mutant's failing examples are not the next's
@@ -70,7 +70,7 @@ class Scratch:
     def _child(self, function: Callable, args: tuple) -> None:
         code = 70
         try:
-            os.setsid()
+            os.setpgrp()  # not a session: the system may share its cores by sessions
             out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1)
             os.dup2(out, 2)
@@ -142,7 +142,7 @@ class Child:
                 continue
 
     def reap(self) -> None:
-        """Ends what the child left behind in its session."""
+        """Ends what the child left behind in its group."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 
