@@ -12,7 +12,7 @@ import processes
 from apart import apart
 from draws import examples
 from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, reference, sequence_logps
-from napo_loss.kernels.launch import BLOCK_BYTES, logits_launch
+from napo_loss.kernels.launch import BLOCK_BYTES, logits_launch, on_device
 from napo_loss.logps import ops as logps_ops
 from napo_loss.logps.calls import LogitsCall
 from napo_loss.objective import loss as objective
@@ -147,6 +147,17 @@ def test_fused_objective_reads_strided_arguments(monkeypatch):
     torch.testing.assert_close(outs[1].losses, outs[0].losses)
     with pytest.raises(ValueError, match=r"the moments of the step before, \[2, 3\], got shape \[2, 3, 4\]"):
         napo_loss(*args, recipe=Recipe(Negative(), decay=0.5), previous_moments=torch.rand(2, 3, 4))
+
+
+def test_kernels_are_launched_where_their_tensors_are(monkeypatch):
+    """Triton's current device is that of PyTorch, which may be another GPU than the tensor's."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: ("switched", device.index))
+    on = [SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=index)) for index in (0, 1)]
+    assert on_device(on[0]) == ("switched", 0)
+    assert on_device(on[1]) is on_device(torch.zeros(1))
+    with on_device(torch.zeros(1)):
+        pass
 
 
 @pytest.fixture

@@ -30,9 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--most", type=float, default=float("inf"), metavar="S", help="seconds of tests for a mutant")
     parser.add_argument("--again", action="store_true", help="also those that survived an earlier run")
     parser.add_argument("--stale", action="store_true", help="trace nothing: what was is a hint, survivors provisional")
-    parser.add_argument(
-        "--with", dest="tried", nargs="+", metavar="TEST", help="these tests only, as pytest names them"
-    )
+    parser.add_argument("--with", dest="tried", nargs="+", metavar="TEST", help="only these tests")
     parser.add_argument("--recorded", type=int, metavar="N", help="N killed ones of the table, with their killers only")
     parser.add_argument("--list", action="store_true", help="only name the mutants")
     parser.add_argument("--report", action="store_true", help="only write the report of the verdicts there are")
