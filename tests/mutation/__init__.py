@@ -14,5 +14,7 @@ for each mutant, ten seconds of torch, transformers and TRL before the first tes
   is learnt is used only as long as every file it depends on is the same.
 - :mod:`mutation.scratch` keeps one warm process per run that has imported everything but this library, and forks a
   child for each mutant, in a copy of the tree: processes that a test starts meet the mutant too.
-- :mod:`mutation.run` judges, :mod:`mutation.report` writes.
+- :mod:`mutation.run` judges, :mod:`mutation.verdicts` keeps, :mod:`mutation.report` writes. Tests that killed something
+  are run once more without a mutant: one that fails then has noticed nothing.
+- :mod:`mutation.recorded` is what `make test-all` has time for: do tests that once killed a mutant kill it still?
 """

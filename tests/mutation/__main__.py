@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tqdm
 
-from mutation import recorded, report, run, scratch, trace
+from mutation import recorded, report, run, scratch, trace, verdicts
 
 tqdm.tqdm.monitor_interval = 0  # no thread, of which a fork would be a half
 
@@ -55,7 +55,7 @@ def main() -> int:
     if not asked.report:
         _judge(asked, tiers, found, chosen)
     gc.unfreeze()
-    return report.write(found, run.past(found, tiers, partial=True), tiers)
+    return report.write(found, verdicts.past(found, tiers, partial=True), tiers)
 
 
 def _judge(asked: argparse.Namespace, tiers: list[str], found: dict, chosen: list) -> None:
@@ -66,13 +66,13 @@ def _judge(asked: argparse.Namespace, tiers: list[str], found: dict, chosen: lis
         if not (asked.stale or asked.tried):
             trace.trace_all(scratches, trace.stale(tiers), tqdm.tqdm.write)
         tests = run.Tests(tiers, asked.stale or bool(asked.tried))
-        known = run.past(found, tiers)
+        known = verdicts.past(found, tiers)
         wanted = [x for x in chosen if x.id not in known or (asked.again and known[x.id].outcome != "killed")]
         court = run.Court(scratches, tests, asked.most, partial=bool(asked.tried))
         batches = {x.id: [[test] for test in asked.tried] for x in wanted} if asked.tried else None
-        fresh: list[run.Result] = []
+        fresh: list[verdicts.Result] = []
         command = f"python tests/mutation {' '.join(sys.argv[1:])}".strip()
-        with run.RESULTS.open("a", buffering=1) as results, tqdm.tqdm(total=len(wanted), unit="mutant") as bar:
+        with verdicts.RESULTS.open("a", buffering=1) as results, tqdm.tqdm(total=len(wanted), unit="mutant") as bar:
             for mutant, result in court.try_all(wanted, batches):
                 result.command = command
                 if result.outcome not in ("killed", "timeout"):
@@ -82,7 +82,7 @@ def _judge(asked: argparse.Namespace, tiers: list[str], found: dict, chosen: lis
                 bar.update()
             killers = {x.killer for x in fresh if x.outcome == "killed" and "::" in x.killer and " " not in x.killer}
             if failing := court.control(killers):
-                run.forget(failing)
+                verdicts.forget(failing)
                 raise SystemExit(f"these tests fail without a mutant, so their kills are none: {failing}")
 
 

@@ -7,7 +7,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from mutation import report, run, scratch
+from mutation import report, run, scratch, verdicts
 from mutation.mutate import Mutant
 
 LEAST = 0.5
@@ -25,7 +25,7 @@ def exists(test: str) -> bool:
     file, _, name = test.removesuffix(" (import)").partition("::")
     if not (scratch.ROOT / file).is_file():
         return False
-    return not file.startswith("tests/") or run.function_of(name) in run.functions(file)
+    return not file.startswith("tests/") or verdicts.function_of(name) in verdicts.functions(file)
 
 
 def check(found: dict[str, Mutant], count: int, seed: int, jobs: int) -> int:

@@ -12,8 +12,8 @@ from datetime import date
 from pathlib import Path
 
 from mutation.mutate import Mutant
-from mutation.run import Result
 from mutation.scratch import ROOT
+from mutation.verdicts import Result
 
 HERE = Path(__file__).parent
 EQUIVALENT, TABLE, PAGE = HERE / "equivalent.toml", HERE / "results.csv", ROOT / "docs" / "mutants.md"

@@ -9,31 +9,20 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache
 
 from mutation import trace
 from mutation.judge import judge
 from mutation.mutate import Mutant, mutants
 from mutation.scratch import ROOT, Child, Scratch
-from mutation.trace import digest, library, load, test_files
+from mutation.trace import library, load, test_files
+from mutation.verdicts import PARTIAL, Result, killed_state, whole_state
 
-RESULTS = trace.CACHE / "results.jsonl"
 LEAST, FACTOR = 120.0, 10.0
 """Seconds of a core that a mutant may use: the least, and as a multiple of what its tests took under the tracer."""
+STILL = 90.0
+"""Seconds in which a child that is not stuck has had a tenth of a second of some core, however busy the machine is."""
 BATCHES = (4.0, 40.0, 400.0)
 """Seconds of tests that are collected at a time: most mutants die in the first."""
-
-
-@dataclass
-class Result:
-    id: str
-    outcome: str  # killed, timeout, survived, untested, invalid
-    killer: str
-    tests: int  # that passed before
-    seconds: float
-    state: str  # in which it holds
-    command: str = ""
 
 
 class Tests:
@@ -108,31 +97,6 @@ def _importers() -> dict[str, set[str]]:
     return defaultdict(set, found)
 
 
-def function_of(name: str) -> str:
-    """Of a test's name in its file, the function's."""
-    return name.split("[")[0].split("::")[-1]
-
-
-@cache
-def functions(test_file: str) -> dict[str, str]:
-    tree = ast.parse((ROOT / test_file).read_bytes())
-    return {node.name: ast.dump(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-
-
-def killed_state(mutant: Mutant, killer: str) -> str:
-    """What a kill depends on: the file of the mutant, and the test that noticed."""
-    file, _, name = killer.removesuffix(" (import)").partition("::")
-    test = functions(file).get(function_of(name), digest(file)) if (ROOT / file).is_file() else "gone"
-    return hashlib.sha256(f"{digest(mutant.file)} {test}".encode()).hexdigest()[:16]
-
-
-@cache
-def whole_state(tiers: str) -> str:
-    """What surviving depends on: everything."""
-    names = [*library(), *test_files(), *trace.helpers()]
-    return hashlib.sha256(" ".join([tiers, *map(digest, names)]).encode()).hexdigest()[:16]
-
-
 def everything(names: Iterable[str] | None = None) -> dict[str, Mutant]:
     """Every mutant by its id."""
     found = [x for name in names or library() for x in mutants(name, (ROOT / name).read_bytes())]
@@ -151,30 +115,6 @@ def sample(chosen: Iterable[Mutant], count: int, seed: int) -> list[Mutant]:
     return [x for _, _, x in sorted(turns, key=lambda turn: turn[:2])][:count]
 
 
-PARTIAL = " partial"
-"""Ends the state of a verdict that some of the tests were not asked for: good enough to be read, not to be kept."""
-
-
-def past(all_mutants: dict[str, Mutant], tiers: list[str], partial: bool = False) -> dict[str, Result]:
-    """Verdicts of earlier runs that still hold."""
-    found: dict[str, Result] = {}
-    for row in RESULTS.read_text().splitlines() if RESULTS.exists() else []:
-        result = Result(**json.loads(row))
-        mutant = all_mutants.get(result.id)
-        if mutant is not None:
-            killed = result.outcome == "killed"
-            now = killed_state(mutant, result.killer) if killed else whole_state(",".join(tiers))
-            if result.state == now or (partial and result.state == now + PARTIAL):
-                found[result.id] = result
-    return found
-
-
-def forget(killers: Iterable[str]) -> None:
-    """Takes back what tests have noticed that fail by themselves."""
-    kept = [row for row in RESULTS.read_text().splitlines(True) if json.loads(row)["killer"] not in set(killers)]
-    RESULTS.write_text("".join(kept))
-
-
 class Court:
     """As many mutants at a time as there are copies of the tree."""
 
@@ -184,40 +124,39 @@ class Court:
 
     def try_all(self, wanted: Iterable[Mutant], batches: dict[str, list[list[str]]] | None = None):
         """Yields a mutant and its result as each is known. ``batches`` says which tests to run, if not those that the
-        traced runs name. One that was out of time is tried again, alone and with four times as much."""
-        waiting, running, again = list(wanted), [], []
+        traced runs name. One that stood still is tried again, alone and with more patience."""
+        waiting, running, again = [(mutant, False) for mutant in wanted], [], []
         while waiting or running or again:
             if not waiting and not running:
-                waiting, last = [again.pop(0)], True
-            else:
-                last = False
+                waiting = [(again.pop(0), True)]
             while waiting and len(running) < len(self.scratches):
-                mutant = waiting.pop(0)
+                mutant, alone = waiting.pop(0)
                 free = next(x for x in self.scratches if all(x is not entry[0] for entry in running))
                 pieces = batches[mutant.id] if batches else self.tests.batches(self.tests.of(mutant), self.most)
                 source = mutant.apply((ROOT / mutant.file).read_bytes())
                 if not pieces or not _parses(source):
                     yield mutant, self._result(mutant, "invalid" if pieces else "untested", "", 0, 0.0)
                     continue
-                limit = max(LEAST, FACTOR * sum(self.tests.seconds.get(x, 10.0) for piece in pieces for x in piece))
-                running.append((free, mutant, self._start(free, mutant, source, pieces), limit * (4 if last else 1)))
+                expected = sum(self.tests.seconds.get(x, 10.0) for piece in pieces for x in piece)
+                child = self._start(free, mutant, source, pieces)
+                child.limit, child.patience = max(LEAST, FACTOR * expected), STILL * (4 if alone else 1)
+                running.append((free, mutant, alone, child))
             time.sleep(0.05)
             for entry in list(running):
-                scratch, mutant, child, limit = entry
+                scratch, mutant, alone, child = entry
                 code = child.poll()
-                late = code is None and child.looked() and child.over(limit)
+                late = child.late() if code is None else ""
                 if late:
                     child.kill()
-                    os.waitpid(child.pid, 0)
                 elif code is None:
                     continue
                 running.remove(entry)
                 child.reap()
                 scratch.restore(mutant.file)
-                if late and limit < 4 * LEAST and not last:
+                if late == "still" and not alone:
                     again.append(mutant)
-                    continue
-                yield mutant, self._verdict(scratch, mutant, child, late, code)
+                else:
+                    yield mutant, self._verdict(scratch, mutant, child, bool(late), code)
 
     def control(self, tests: Iterable[str]) -> list[str]:
         """Those of the tests that fail though nothing is changed: what they noticed is nothing."""

@@ -26,8 +26,8 @@ HEAVY = (
     "torch.library", "accelerate", "datasets", "peft", "tokenizers", "transformers.models.llama.modeling_llama",
     "transformers.models.llava.modeling_llava", "trl.trainer.dpo_trainer",
 )  # fmt: skip
-STILL = 90.0
-"""Seconds in which a child that is not stuck has had a tenth of a second of some core, however busy the machine is."""
+LOOK = 5.0
+"""Seconds between two looks at what a child has used."""
 
 
 def files() -> list[str]:
@@ -98,33 +98,29 @@ class Child:
 
     pid: int
     started: float
-    seconds: float = 0.0  # of all cores, so far
-    moved: float | None = None  # when they last grew
-    next: float = 0.0  # when to look again
-
-    def looked(self) -> bool:
-        """Whether it is time to look: that takes a while."""
-        now = time.monotonic()
-        due = now >= self.next
-        if due:
-            self.next = now + 5
-        return due
+    limit: float = float("inf")  # seconds of all cores
+    patience: float = float("inf")  # seconds in which none are used
+    used: float = 0.0  # seconds of all cores, at the last look
+    moved: float = 0.0  # when they last grew
+    looked: float = 0.0
 
     def poll(self) -> int | None:
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         return None if pid == 0 else os.waitstatus_to_exitcode(status)
 
-    def over(self, limit: float) -> bool:
-        """Whether it has used ``limit`` seconds of a core, or stands still: neither is a matter of a busy machine."""
-        used, now = 0.0, time.monotonic()
+    def late(self) -> str:
+        """Whether it has "used" its limit, or stands "still": neither is a matter of how busy the machine is."""
+        now = time.monotonic()
+        if now - self.looked < LOOK:
+            return ""
+        used = 0.0
         for process in self.family():
-            try:
+            with suppress(psutil.Error):
                 used += sum(process.cpu_times()[:4])
-            except psutil.Error:
-                continue
-        if self.moved is None or used > self.seconds + 0.1 or used < self.seconds - 1:
-            self.seconds, self.moved = used, now
-        return used > limit or now - self.moved > STILL
+        if not self.looked or abs(used - self.used) > 0.1:
+            self.used, self.moved = used, now
+        self.looked = now
+        return "used" if used > self.limit else "still" if now - self.moved > self.patience else ""
 
     def family(self) -> list[psutil.Process]:
         try:
@@ -134,12 +130,10 @@ class Child:
             return []
 
     def kill(self) -> None:
-        family = self.family()
-        for process in family:
-            try:
+        for process in self.family():
+            with suppress(psutil.Error):
                 process.kill()
-            except psutil.Error:
-                continue
+        os.waitpid(self.pid, 0)
 
     def reap(self) -> None:
         """Ends what the child left behind in its group."""
