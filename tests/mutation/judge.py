@@ -14,14 +14,11 @@ OPTIONS = [
 class Quiet:
     """The same examples each time, at most as many as in `make test`, and none shrunk."""
 
-    def __init__(self, examples: int = 25):
-        self.examples = examples
-
     def pytest_configure(self, config):
         from hypothesis import Phase, settings
 
         settings.register_profile(
-            "mutation", parent=settings.default, max_examples=self.examples, derandomize=True, database=None,
+            "mutation", parent=settings.default, max_examples=25, derandomize=True, database=None,
             phases=[Phase.explicit, Phase.generate],
         )  # fmt: skip
         settings.load_profile("mutation")

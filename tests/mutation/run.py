@@ -20,7 +20,7 @@ from mutation.verdicts import PARTIAL, Result, killed_state, whole_state
 LEAST, FACTOR = 120.0, 10.0
 """Seconds of a core that a mutant may use: the least, and as a multiple of what its tests took under the tracer."""
 STILL = 90.0
-"""Seconds in which a child that is not stuck has had a tenth of a second of some core, however busy the machine is."""
+"""Seconds for which a child and what it started may all be asleep: stuck, since who waits for a core is not asleep."""
 BATCHES = (4.0, 40.0, 400.0)
 """Seconds of tests that are collected at a time: most mutants die in the first."""
 

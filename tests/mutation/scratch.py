@@ -99,7 +99,7 @@ class Child:
     pid: int
     started: float
     limit: float = float("inf")  # seconds of all cores
-    patience: float = float("inf")  # seconds in which none are used
+    patience: float = float("inf")  # seconds in which all sleep
     used: float = 0.0  # seconds of all cores, at the last look
     moved: float = 0.0  # when they last grew
     looked: float = 0.0
@@ -113,11 +113,12 @@ class Child:
         now = time.monotonic()
         if now - self.looked < LOOK:
             return ""
-        used = 0.0
+        used, sleeps = 0.0, True
         for process in self.family():
             with suppress(psutil.Error):
                 used += sum(process.cpu_times()[:4])
-        if not self.looked or abs(used - self.used) > 0.1:
+                sleeps &= process.status() == psutil.STATUS_SLEEPING  # one that waits for a core is not asleep
+        if not self.looked or not sleeps or abs(used - self.used) > 0.1:
             self.used, self.moved = used, now
         self.looked = now
         return "used" if used > self.limit else "still" if now - self.moved > self.patience else ""
