@@ -1,6 +1,7 @@
 # make demo   environment + the main job: debias a small vision-language model on real images
 # make test   environment + tests, in minutes: one of each kind
 # make test-all  environment + all tests, those marked slow too
+# make mutants  environment + mutation testing of all the library, a night or two; MUTANTS="--sample 100 --tests quick"
 # make lint   environment + ruff, pyright
 # make fuzz   environment + 20,000 random cases of the public functions against float64 formulas, into docs/fuzz.md
 # make bench  environment + the benchmarks of this machine
@@ -13,7 +14,7 @@ VENV := .venv
 BASE_PYTHON := python3
 PYTHON := $(if $(VENV),$(VENV)/bin/python,$(BASE_PYTHON))
 
-.PHONY: demo test test-all lint fuzz bench docs release-check
+.PHONY: demo test test-all lint fuzz mutants bench docs release-check
 demo: $(if $(VENV),$(VENV)/.demo)
 	$(PYTHON) examples/demo.py
 
@@ -23,6 +24,9 @@ test: $(if $(VENV),$(VENV)/.test)
 
 test-all: $(if $(VENV),$(VENV)/.test)
 	$(PYTHON) -m pytest -n auto --dist loadgroup
+
+mutants: $(if $(VENV),$(VENV)/.test)
+	$(PYTHON) tests/mutation $(MUTANTS)
 
 lint: $(if $(VENV),$(VENV)/.dev)
 	$(PYTHON) -m ruff check .

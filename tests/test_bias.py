@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,9 @@ def conversations(parts: bool, n: int = 3):
             for i in range(n)
         ]
     )
+
+
+WITHOUT_IMAGES = datasets.Dataset.from_dict({"prompt": ["<image> what ?"], "image": ["a.png"], "chosen": ["a"]})
 
 
 @pytest.fixture
@@ -248,12 +252,22 @@ def test_image_removal(mode, colour):
         assert (first == again).all()
 
 
-def test_crop_keeps_its_share_of_the_area():
-    corner = Image.fromarray(np.indices((100, 100)).sum(0).astype(np.uint8))
-    for seed in range(20):
-        crop = np.asarray(remove_image(corner, "crop", np.random.default_rng(seed)), dtype=float)
-        height, width = np.ptp(crop[:, 0]), np.ptp(crop[0])  # one grey level a pixel
-        assert 0.003 < height * width / 100**2 < 0.23
+@pytest.mark.parametrize(
+    ("given", "low", "high"),
+    [((), 0.01, 0.2), ((BiasSettings().crop_area,), 0.01, 0.2), (((0.3, 0.4),), 0.3, 0.4)],
+)
+def test_crop_keeps_its_share_of_the_area(given, low, high):
+    """Shares of the area are drawn evenly between the bounds, by default 1 and 20 %: the released helper's."""
+    corner = Image.fromarray(np.indices((120, 120)).sum(0).astype(np.uint8))
+    shares = []
+    for seed in range(200):
+        crop = np.asarray(remove_image(corner, "crop", np.random.default_rng(seed), *given), dtype=float)
+        height, width = np.ptp(crop[:, 0]) + 1, np.ptp(crop[0]) + 1  # one grey level a pixel
+        shares.append(height * width / 120**2)
+        assert 0.7 < width / height < 1.43  # 3/4 to 4/3, and a pixel
+    assert low * 0.8 < min(shares) < low + 0.03 * (high - low) + 0.003
+    assert high - 0.03 * (high - low) - 0.01 < max(shares) < high * 1.05
+    assert abs(np.mean(shares) - (low + high) / 2) < 0.1 * (high - low)
 
 
 @pytest.mark.parametrize("mode", ["noise", "crop"])
@@ -414,6 +428,32 @@ def test_one_process_writes_and_a_complete_cache_is_only_read(model, processor, 
     assert cached(model, processor, tmp_path, data) == whole
 
 
+def test_noise_takes_every_value():
+    noise = np.asarray(remove_image(Image.new("L", (64, 64)), "noise", np.random.default_rng(0)))
+    assert len(np.unique(noise)) == 256
+
+
+@pytest.mark.parametrize(
+    ("own", "eos", "pad", "ends", "padding"),
+    [
+        (1, 1, 0, [1], 0), (None, 1, None, [1], 1), ([5, 6], 1, None, [5, 6, 1], 5), ([5, 1], 1, 2, [5, 1], 2),
+        (7, None, 0, [7], 0), (None, None, 0, None, 0),
+    ],
+)  # fmt: skip
+def test_answers_end_where_model_or_tokenizer_ends_them(own, eos, pad, ends, padding):
+    """And are padded by what pads, or else by what ends."""
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=own))
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=eos, pad_token_id=pad))
+    config = Answers(model, processor, "image_only", BiasSettings()).config
+    assert (config.eos_token_id, config.pad_token_id) == (ends, padding)
+
+
+def test_without_pad_and_end_nothing_can_be_padded():
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=None, pad_token_id=None))
+    with pytest.raises(ValueError, match="neither pad_token nor eos_token"):
+        Answers(object(), processor, "image_only", BiasSettings())
+
+
 def test_model_and_random_state_are_left_as_they_were(model, processor):
     model.train()
     model.model.vision_tower.eval()
@@ -436,7 +476,13 @@ def test_model_and_random_state_are_left_as_they_were(model, processor):
         ({"dataset": [{"prompt": "x"}]}, TypeError, "dataset"),
         ({"dataset": strings().remove_columns("chosen")}, ValueError, "chosen"),
         ({"dataset": strings().remove_columns("images")}, ValueError, "images"),
-        ({"dataset": strings().rename_column("rejected", "image_only")}, ValueError, "image_only"),
+        (
+            {"dataset": strings().rename_column("rejected", "image_only")},
+            ValueError,
+            r"has the columns \['image_only'\] already",
+        ),
+        ({"dataset": strings(2).map(lambda _: {"images": []})}, TypeError, "row 0 of dataset needs PIL images"),
+        ({"dataset": WITHOUT_IMAGES}, TypeError, r"row 0 of dataset needs PIL images .*, got \['a.png'\]"),
         ({"model": object()}, TypeError, "model"),
         ({"processor": object()}, TypeError, "processor"),
         ({"dataset": strings(2).map(lambda _: {"prompt": "no placeholder"})}, ValueError, "placeholders"),
@@ -465,12 +511,20 @@ def test_bad_input(model, processor, kwargs, error, match):
     ("name", "value"),
     [
         ("instruction", " "), ("image_removal", "blur"), ("num_beams", 0), ("num_beams", 1.5), ("max_new_tokens", 0),
-        ("temperature", -1.0), ("seed", -1), ("crop_area", (0.3, 0.1)), ("question_pattern", "(.*)"),
+        ("num_beams", True), ("temperature", -1.0), ("seed", -1), ("crop_area", (0.3, 0.1)),
+        ("crop_area", (0.0, 0.1)), ("crop_area", (0.5, 1.1)), ("question_pattern", "(.*)"),
     ],
 )  # fmt: skip
 def test_bad_settings(name, value):
     with pytest.raises(ValueError, match=name):
         BiasSettings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "edge", [{"crop_area": (0.2, 0.2)}, {"crop_area": (0.5, 1)}, {"seed": 0}, {"num_beams": 1, "max_new_tokens": 1}]
+)
+def test_settings_at_the_edge_are_taken(edge):
+    assert {name: getattr(BiasSettings(**edge), name) for name in edge} == edge
 
 
 @pytest.mark.parametrize(

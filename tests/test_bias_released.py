@@ -139,6 +139,16 @@ def test_the_bare_list_and_six_entries_are_read_too(saved, read):
     assert not any("only" in column for column in data.column_names)
 
 
+def test_whole_numbers_are_numbers(saved, read):
+    """JSON tells -5 from -5.0; a column of log-probs does not."""
+    frame = released(1)
+    frame["logps"] = [json.dumps([-5, -1, [-2, -3]] * 4)]
+    data = read(saved(frame), per_token=True)
+    assert data.features["ref_chosen_logps"] == datasets.Value("float64")
+    assert data.features["ref_chosen_per_token_logps"] == datasets.List(datasets.Value("float64"))
+    assert data[0]["ref_image_only_avg_logps"] == -1.0
+
+
 def test_without_logps(saved, read, tmp_path):
     frame = released().drop(columns=["logps"])
     data = read(saved(frame, "plain.parquet"))

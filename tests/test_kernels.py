@@ -1,6 +1,7 @@
 """The kernels as kernels: the fused objective against the plain one, guard bands, launch choices, compiled code."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 import processes
 from apart import apart
 from draws import examples
-from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, sequence_logps
-from napo_loss.kernels.launch import BLOCK_BYTES, logits_launch
+from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, reference, sequence_logps
+from napo_loss.kernels.launch import BLOCK_BYTES, logits_launch, on_device
 from napo_loss.logps import ops as logps_ops
 from napo_loss.logps.calls import LogitsCall
 from napo_loss.objective import loss as objective
@@ -37,22 +38,29 @@ def run_objective(monkeypatch, fused, dtype, pc, pr, refs, lengths, **kwargs):
     has_reference=st.booleans(), average=st.booleans(), dynamic=st.booleans(), smooth=st.booleans(),
     sft=st.sampled_from([0.0, 0.3]), scale=st.sampled_from([1.0, 30.0, 1e4]),
     estimators=st.lists(st.sampled_from(["released", "paper", "moment"]), min_size=5, max_size=5),
+    margins=st.lists(st.sampled_from(["sum", "mean"]), min_size=5, max_size=5),
 )  # fmt: skip
 @example(
     seed=356095577, K=None, B=37, has_reference=False, average=False, dynamic=False, smooth=False, sft=0.0, scale=1e4,
-    estimators=["released"] * 5,
+    estimators=["released"] * 5, margins=["sum"] * 5,
 )  # fmt: skip
-def test_fused_objective_is_the_plain_one(seed, K, B, has_reference, average, dynamic, smooth, sft, scale, estimators):
+@example(
+    seed=0, K=3, B=4, has_reference=True, average=False, dynamic=False, smooth=False, sft=0.0, scale=1.0,
+    estimators=["released", "released", "moment", "released", "released"], margins=["mean"] * 5,
+)  # fmt: skip
+def test_fused_objective_is_the_plain_one(
+    seed, K, B, has_reference, average, dynamic, smooth, sft, scale, estimators, margins
+):
     g = torch.Generator().manual_seed(seed)
     rows = (B,) if K is None else (K, B)
     pc, pr = scale * torch.randn(B, generator=g), scale * torch.randn(rows, generator=g)
     refs = (scale * torch.randn(B, generator=g), scale * torch.randn(rows, generator=g))
     lengths = (torch.randint(1, 9, (B,), generator=g), torch.randint(1, 9, rows, generator=g))
-    fixed = [None, 0.0, None, 1.0, 0.3]
+    fixed = [None, None, None, 0.0, 0.3]
     negatives = {}
     for k in range(K or 1):
-        alpha, margin = ((0.01, "sum"), (0.5, "mean"))[k % 2]
-        negatives[str(k)] = Negative(alpha, margin, fixed[k], weight=0.2 + 0.1 * k, estimator=estimators[k])
+        alpha = {"sum": 0.01, "mean": 0.5}[margins[k]]
+        negatives[str(k)] = Negative(alpha, margins[k], fixed[k], weight=0.2 + 0.1 * k, estimator=estimators[k])
     recipe = Recipe(
         negatives, weights="dynamic" if dynamic else "fixed", average_logps=average, sft_weight=sft, decay=0.5
     )
@@ -69,6 +77,41 @@ def test_fused_objective_is_the_plain_one(seed, K, B, has_reference, average, dy
         assert a.shape == b.shape == c.shape
         size = a.abs().max() + 1e-3
         assert (c - a).abs().max() / size <= 3 * (b - a).abs().max() / size + 3e-6
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "dtype", "q_from", "fused"),
+    [
+        (True, torch.float32, "rank_means", True), (True, torch.bfloat16, "all_pairs", True),
+        (False, torch.float32, "rank_means", False), (True, torch.float64, "rank_means", False),
+        (True, torch.float32, "each_pair", False),
+    ],
+)  # fmt: skip
+def test_what_the_objective_kernel_is_for(on_gpu, dtype, q_from, fused):
+    """A GPU, at most float32, one q for each kind of negative."""
+    batch = SimpleNamespace(logps=SimpleNamespace(policy_chosen=SimpleNamespace(is_cuda=on_gpu, dtype=dtype)))
+    assert objective._can_fuse(batch, Recipe(q_from=q_from)) == fused
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+def test_a_fully_masked_answer_has_a_mean_of_zero(monkeypatch, fused, average):
+    """Its sum and its length are 0: an answer of mean 0, in q and in the loss, and nothing becomes infinite."""
+    pc, pr = torch.tensor([-6.0, -3.0]), torch.tensor([-8.0, 0.0])
+    refs, lengths = (
+        (torch.tensor([-7.0, -5.0]), torch.tensor([-7.0, 0.0])),
+        (torch.tensor([2, 4]), torch.tensor([4, 0])),
+    )
+    recipe = Recipe(Negative(0.5, "mean"), average_logps=average)
+    losses, chosen, rejected, q, *_ = run_objective(
+        monkeypatch, fused, torch.float32, pc, pr, refs, lengths, recipe=recipe
+    )
+    by_mean = torch.tensor([1.0 / 2 - -1.0 / 4, 2.0 / 4 - 0.0], dtype=torch.float64)
+    psi = by_mean if average else torch.tensor([1.0 - -1.0, 2.0 - 0.0], dtype=torch.float64)
+    expected = reference.noise_level(by_mean, 0.5)
+    torch.testing.assert_close(q, expected.float().expand_as(q))
+    torch.testing.assert_close(losses, reference.noise_aware_dpo_loss(psi, 0.1, expected.item()).float())
+    torch.testing.assert_close((chosen - rejected), 0.1 * psi.float())
 
 
 def test_fused_objective_meets_nan_as_the_plain_one(monkeypatch):
@@ -104,6 +147,17 @@ def test_fused_objective_reads_strided_arguments(monkeypatch):
     torch.testing.assert_close(outs[1].losses, outs[0].losses)
     with pytest.raises(ValueError, match=r"the moments of the step before, \[2, 3\], got shape \[2, 3, 4\]"):
         napo_loss(*args, recipe=Recipe(Negative(), decay=0.5), previous_moments=torch.rand(2, 3, 4))
+
+
+def test_kernels_are_launched_where_their_tensors_are(monkeypatch):
+    """Triton's current device is that of PyTorch, which may be another GPU than the tensor's."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: ("switched", device.index))
+    on = [SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=index)) for index in (0, 1)]
+    assert on_device(on[0]) == ("switched", 0)
+    assert on_device(on[1]) is on_device(torch.zeros(1))
+    with on_device(torch.zeros(1)):
+        pass
 
 
 @pytest.fixture

@@ -80,6 +80,20 @@ def test_matches_the_reference(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_far_beyond_a_softcap_are_at_it(backend):
+    """However far: tanh is ±1 there, and nothing overflows on the way to it."""
+    hidden = torch.ones(1, 6, 1)
+    weight = torch.tensor([-1e30, -1e4, -90.0, 0.5, 90.0, 1e30])[:, None]
+    labels = torch.arange(6)[None]
+    given = {"softcap": 2.0, "shift": False}
+    out = linear_sequence_logps(hidden, weight, labels, backend=backend, token_statistics=True, **given)
+    exact = reference.linear_sequence_logps(hidden.double(), weight.double(), labels, **given)
+    torch.testing.assert_close(out.sum.double(), exact.sum, rtol=1e-6, atol=1e-6)
+    mean = (2 * torch.tanh(weight.double() / 2)).mean()
+    torch.testing.assert_close(out.tokens.mean_logits.double(), mean.expand(1, 6), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_the_budget_changes_nothing_beyond_rounding(backend, low_rank):
     tensors, labels, _, upstream = example(1, 4, 9, 16, 300)
@@ -346,6 +360,17 @@ class FakeDTensor(torch.Tensor):
     [
         ({"hidden": HIDDEN[0]}, ValueError, r"hidden must be a non-empty \[N, T, D\] tensor, got shape \[3, 4\]"),
         ({"hidden": HIDDEN.long()}, TypeError, "hidden must be a floating-point tensor, got torch.int64"),
+        ({"hidden": HIDDEN.numpy()}, TypeError, "hidden must be a torch.Tensor, got ndarray"),
+        ({"weight": WEIGHT.numpy()}, TypeError, "weight must be a torch.Tensor, got ndarray"),
+        ({"weight": WEIGHT.long()}, TypeError, "weight must be a floating-point tensor, got torch.int64"),
+        ({"bias": [0.0] * 5}, TypeError, "bias must be a torch.Tensor, got list"),
+        (
+            {"bias": torch.zeros(5, dtype=torch.int32)},
+            TypeError,
+            "bias must be a floating-point tensor, got torch.int32",
+        ),
+        ({"weight": LowRank(WEIGHT, [[0.0]], WEIGHT)}, TypeError, "lora_A must be a torch.Tensor, got list"),
+        ({"weight": LowRank(WEIGHT, WEIGHT, 1.0)}, TypeError, "lora_B must be a torch.Tensor, got float"),
         ({"weight": WEIGHT[:, :3]}, ValueError, r"weight must have shape \[V, D\] with hidden's D = 4, got \[5, 3\]"),
         ({"weight": WEIGHT.bfloat16()}, TypeError, "weight must have hidden's dtype torch.float32, got torch.bfloat16"),
         ({"weight": WEIGHT.as_subclass(FakeDTensor)}, TypeError, r"weight is a DTensor.*napo_loss\.fused_head"),
@@ -381,6 +406,22 @@ def test_bad_input(change, error, message):
     arguments = {"hidden": HIDDEN, "weight": WEIGHT, "labels": LABELS, **change}
     with pytest.raises(error, match=message):
         linear_sequence_logps(*[arguments.pop(n) for n in ("hidden", "weight", "labels")], **arguments)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_token_weights_are_not_differentiated(packed):
+    tensors, labels, weights, _ = example(4)
+    hidden, given = tensors["hidden"], {"cu_seqlens": torch.tensor([0, 5, 18])} if packed else {}
+    if packed:
+        hidden, labels, weights = hidden.flatten(0, 1), labels.flatten(), weights.flatten()
+    for x in (hidden, weights):
+        x.requires_grad_()
+    out = linear_sequence_logps(hidden, tensors["weight"], labels, token_weights=weights, **given)
+    assert out.sum.requires_grad
+    assert not out.length.requires_grad
+    out.sum.sum().backward()
+    assert weights.grad is None
+    assert hidden.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("budget", [1, 2**20])

@@ -113,6 +113,45 @@ def test_a_fully_masked_sequence_counts_nothing(backend):
     assert (grad[1] == 0).all()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_sequences_longer_than_a_tile(weighted, shift):
+    """What adds up takes 512 positions at a time: what one tile found stays when the next is read."""
+    from napo_loss.kernels.logps_forward import Partials
+    from napo_loss.kernels.logps_reduce import BLOCK_T, logps_reduce
+
+    N, T, V = 2, BLOCK_T["long"] + 9, 4
+    logits, labels, weights, _ = example(3, N, T, V)
+    labels[1, BLOCK_T["long"] - 3 :] = -100  # nothing in the second tile
+    given = {"token_weights": weights} if weighted else {}
+    x, target = logits.view(1, N * T, V), labels.roll(-shift, 1).clamp_min(0).view(-1, 1)
+    partials = Partials(x.amax(-1), (x - x.amax(-1, True)).exp().sum(-1), x[0].gather(-1, target)[:, 0])
+    sums, lengths, _ = logps_reduce(partials, labels, weights if weighted else None, shift, -100)
+    exact = reference.sequence_logps(logits.double(), labels, shift=bool(shift), **given)
+    torch.testing.assert_close(sums.double(), exact.sum, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(lengths.double(), exact.length.double(), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_token_weights_are_not_differentiated(backend, packed):
+    logits, labels, weights, _ = example(4, 2, 5, 7)
+    given = {"cu_seqlens": torch.tensor([0, 4, 10])} if packed else {}
+    if packed:
+        logits, labels, weights = logits.flatten(0, 1), labels.flatten(), weights.flatten()
+    plain = sequence_logps(logits, labels, token_weights=weights, backend=backend, **given)
+    for x in (logits, weights):
+        x.requires_grad_()
+    out = sequence_logps(logits, labels, token_weights=weights, backend=backend, **given)
+    assert out.sum.requires_grad
+    assert not out.length.requires_grad
+    assert torch.equal(out.sum, plain.sum)
+    assert torch.equal(out.length, plain.length)
+    out.sum.sum().backward()
+    assert weights.grad is None
+    assert logits.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(seeds, st.floats(-50, 50))
 @examples(15)

@@ -21,6 +21,7 @@ from napo_loss import (
     noise_level,
     reference,
 )
+from napo_loss.objective.checks import checked_beta
 
 batches = st.integers(1, 9)
 seeds = st.integers(0, 2**31)
@@ -393,6 +394,14 @@ def test_beta_must_be_positive(beta):
         noise_aware_dpo_loss(*GOOD.values(), beta=beta, q=0.5)
     with pytest.raises(ValueError, match="beta must be a finite number > 0"):
         napo_loss(*GOOD.values(), beta=beta)
+
+
+def test_a_beta_that_cannot_be_looked_at_is_nan_where_it_is_wrong(monkeypatch):
+    """On a GPU, or while a function is compiled."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    right, wrong = (0.1, 0.9, 1e30), (0.0, -0.1, math.inf, math.nan)
+    assert [checked_beta(torch.tensor(x, dtype=torch.float64)).item() for x in right] == list(right)
+    assert all(checked_beta(torch.tensor(x)).isnan() for x in wrong)
 
 
 @pytest.mark.parametrize("q", [-0.1, 1.1, math.nan])

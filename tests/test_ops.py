@@ -306,3 +306,11 @@ def test_settings_are_copied_to_the_device_once(compiled, monkeypatch):
     for _ in range(3):
         function(torch.zeros(2))
     assert objective_ops.on_device.cache_info().misses == 1
+
+
+def test_a_gradient_of_no_argument_is_an_error():
+    """What backward returns by a name that the schema lacks would be lost without a word."""
+    with pytest.raises(TypeError, match=r"LogitsCall has no arguments \['hidden'\]"):
+        LogitsCall.gradients(logits=torch.zeros(1), hidden=torch.zeros(1))
+    found = LogitsCall.gradients(logits=torch.zeros(1))
+    assert [x is not None for x in found] == [name == "logits" for name in LogitsCall.SCHEMA]

@@ -15,7 +15,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVi
 
 import tiny
 from napo_loss.trl import NaPOConfig, NaPOTrainer
-from napo_loss.trl.data import NegativesCollator, OncePerPrompt
+from napo_loss.trl.data import NegativesCollator, OncePerPrompt, tokenize_negative
 from trainers import NAMES, QUIET, TRL, arguments, text_trainer, trainer_for
 
 pytestmark = QUIET
@@ -50,6 +50,28 @@ def test_a_further_negative_is_tokenised_like_rejected(style, beginning, tmp_pat
     assert again[:] == trainer.train_dataset[:]
     ids = next(iter(trainer.get_train_dataloader()))["input_ids"]
     assert ids.shape[1] <= 7
+
+
+@pytest.mark.parametrize(
+    ("columns", "options"),
+    [
+        ({}, {}), ({"chat_template_kwargs": None}, {}), ({"chat_template_kwargs": {"polite": True}}, {"polite": True}),
+        ({"tools": '[{"name": "look"}]'}, {"tools": [{"name": "look"}]}),
+        ({"tools": [{"name": "look"}], "chat_template_kwargs": {}}, {"tools": [{"name": "look"}]}),
+    ],
+)  # fmt: skip
+def test_what_a_row_tells_the_template_reaches_further_negatives(columns, options):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ 'big ' if polite }}{{ 'small ' if tools }}" + tiny.CHAT
+    prompt, other = [{"role": "user", "content": "what is"}], [{"role": "assistant", "content": "cat"}]
+
+    def ids(messages, **more):
+        return list(tokenizer.apply_chat_template(messages, return_dict=True, **options, **more)["input_ids"])
+
+    row = {"prompt": prompt, "other": other, "prompt_ids": ids(prompt, add_generation_prompt=True), **columns}
+    made = tokenize_negative(row, "other", [], tokenizer, tokenizer.eos_token)
+    assert made["prompt_ids"] + made["other_ids"] == ids(prompt + other)
+    assert made["prompt_ids"] == row["prompt_ids"]
 
 
 def test_streams(tmp_path):

@@ -99,9 +99,9 @@ def margins_of(batch: PreferenceBatch) -> Margins:
             chosen, rejected = chosen / chosen_length, rejected / rejected_length
     psi = by_mean if batch.average else by_sum
     seen = psi.detach()
-    if by_mean is not psi and any(n.q is None and n.margin == "mean" for n in batch.negatives):
-        both = by_mean.detach(), seen
-        seen = torch.stack([both[n.q is not None or n.margin == "sum"][k] for k, n in enumerate(batch.negatives)])
+    if by_mean is not psi and any(map(batch.reads_mean, batch.negatives)):
+        mean = by_mean.detach()
+        seen = torch.stack([(mean if batch.reads_mean(n) else seen)[k] for k, n in enumerate(batch.negatives)])
     return Margins(chosen, rejected, psi, seen)
 
 

@@ -80,8 +80,8 @@ class PreferenceBatch(NamedTuple):
         return cls(logps, settings.negatives, settings.dynamic, recipe.average_logps, stacked)
 
     def reads_mean(self, negative: Negative) -> bool:
-        """Whether q of this negative is read from per-token means."""
-        return self.average or negative.margin == "mean"
+        """Whether the moments of this negative are of per-token means: where q is fixed, of what the loss reads."""
+        return self.average or (negative.margin == "mean" and negative.q is None)
 
     def previous(self, moments: Moments | Tensor | None, *, each_pair: bool) -> Tensor | None:
         """The moments of the step before as ``[2, K]``; a row of one where the caller gave one negative."""
