@@ -107,8 +107,8 @@ def liger(step: Step, device: Device = CUDA) -> int:
 
 
 def liger_compiled(step: Step, device: Device = CUDA) -> int:
-    """What torch's compiler makes of it on a CPU in half precision, read off, not derived: two float32 of each logit. The
-    least would be logits and their gradient, half of that."""
+    """What torch's compiler makes of it on a CPU in half precision, read off, not derived: two float32 of each logit.
+    The least would be logits and their gradient, half of that."""
     chunk, rows = 2 * (step.T - 1) * step.V, step.element * step.N * (step.T - 1) * step.D
     return 2 * FULL * chunk + step.head + rows
 
@@ -221,7 +221,7 @@ def draw(path: Path) -> None:
     axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "trl", "liger-kernel"))
     figure.suptitle(
-        "Peak memory of head and loss, one preference pair in bfloat16, gradients included: derived for a GPU, by formulas "
+        "Peak memory of head and loss, one preference pair in bfloat16, gradients included: derived for a GPU by formulas "
         f"that tests hold\nagainst allocated bytes on a CPU ({versions}; 'compiled' is read off there). Solid: every "
         "position counts; dashed, where it differs: 30 %",
         fontsize=9,
