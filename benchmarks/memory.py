@@ -221,8 +221,8 @@ def draw(path: Path) -> None:
     axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "trl", "liger-kernel"))
     figure.suptitle(
-        "Peak memory of head and loss, one preference pair in bfloat16, gradients included: derived for a GPU by formulas "
-        f"that tests hold\nagainst allocated bytes on a CPU ({versions}; 'compiled' is read off there). Solid: every "
+        "Peak memory of head and loss, one preference pair in bfloat16, gradients included: derived for a GPU, by "
+        f"formulas that tests hold\nagainst allocated bytes on a CPU ({versions}; 'compiled' is read off there). Solid: every "
         "position counts; dashed, where it differs: 30 %",
         fontsize=9,
     )
