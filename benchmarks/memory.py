@@ -222,8 +222,8 @@ def draw(path: Path) -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "trl", "liger-kernel"))
     figure.suptitle(
         "Peak memory of head and loss, one preference pair in bfloat16, gradients included: derived for a GPU, by "
-        f"formulas that tests hold\nagainst allocated bytes on a CPU ({versions}; 'compiled' is read off there). Solid: every "
-        "position counts; dashed, where it differs: 30 %",
+        f"formulas that tests hold\nagainst allocated bytes on a CPU ({versions}; 'compiled' is read off there). "
+        "Solid: every position counts; dashed, where it differs: 30 %",
         fontsize=9,
     )
     figure.savefig(path, dpi=120)
