@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -37,7 +36,7 @@ def write_rows(folder: Path, rows: Rows, seconds: float) -> None:
         writer.writeheader()
         writer.writerows({name: f"{x:.4g}" if isinstance(x, float) else x for name, x in row.items()} for row in rows)
     packages = {name: version(name) for name in ("torch", "transformers", "trl")}
-    made = {"cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version(), **packages}
+    made = {"cpu": cpu_model(), "python": platform.python_version(), **packages}
     made |= {"commit": commit(), "seconds": round(seconds)}
     (folder / "machine.json").write_text(json.dumps(made, indent=1) + "\n")
 
@@ -106,7 +105,7 @@ def made(folder: Path, rows: Rows) -> str:
     x, steps = json.loads((folder / "machine.json").read_text()), max(row["step"] for row in rows)
     return (
         f"{len(WAYS)} runs for each of the seeds {seeds(rows)[0]:.0f} to {seeds(rows)[-1]:.0f}, {steps:.0f} steps of {BATCH} "
-        f"pairs, {x['seconds']} s on {x['cores']} cores of an {x['cpu']}; torch {x['torch']}, transformers "
+        f"pairs, {x['seconds']} s of one core of an {x['cpu']}; torch {x['torch']}, transformers "
         f"{x['transformers']}, TRL {x['trl']}; commit {x['commit']}."
     )
 
