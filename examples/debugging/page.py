@@ -96,8 +96,10 @@ def numbers(rows: Rows) -> str:
             found = [value(of(rows, name, seed)) for seed in seeds(rows)]
             cells.append(f"{np.mean(found):.2f} ({min(found):.2f} to {max(found):.2f})")
         body.append(line(title, cells))
-    return "\n".join([*header(f"mean of the last {100 * LAST:.0f} % of steps", [*WAYS]), *body]).replace("-", "−").replace(
-        "−−−", "---"
+    return (
+        "\n".join([*header(f"mean of the last {100 * LAST:.0f} % of steps", [*WAYS]), *body])
+        .replace("-", "−")
+        .replace("−−−", "---")
     )
 
 
@@ -138,7 +140,9 @@ def draw(rows: Rows, path: Path, made: str) -> None:
                     mine = [row for row in of(rows, name, seed) if not np.isnan(row[key])]
                     label = key if seed == seeds(rows)[0] else None
                     x, y = [row["step"] for row in mine], [row[key] for row in mine]
-                    ax.plot(x, y, color=COLOURS[key], lw=1.2, marker="o" if key in EVALUATED else None, ms=3, label=label)
+                    ax.plot(
+                        x, y, color=COLOURS[key], lw=1.2, marker="o" if key in EVALUATED else None, ms=3, label=label
+                    )
             ax.grid(axis="y", color="#e6e6e6", lw=0.7)
             if limits:
                 ax.set_ylim(*limits)
@@ -152,7 +156,9 @@ def draw(rows: Rows, path: Path, made: str) -> None:
         )  # fmt: skip
         column[-1].set_xlabel("step")
         column[0].axhline(0, color="#999999", lw=0.7)
-    figure.suptitle(f"What NaPOTrainer logs, a line for each seed; held-out pairs have the same noise. {made}", fontsize=7)
+    figure.suptitle(
+        f"What NaPOTrainer logs, a line for each seed; held-out pairs have the same noise. {made}", fontsize=7
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -86,7 +86,9 @@ def reference(seed: int) -> LlamaForCausalLM:
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - step / 300)
         asked = questions("text", "pretrain", 64, rng)
         said = np.where(rng.random((64, 1)) < 0.67, asked.habitual, asked.right)
-        ids = torch.tensor(words([p + a + " </s>" for p, a in zip(prompts(asked), spell(said), strict=True)])["input_ids"])
+        ids = torch.tensor(
+            words([p + a + " </s>" for p, a in zip(prompts(asked), spell(said), strict=True)])["input_ids"]
+        )
         labels = ids.clone()
         labels[:, :4] = -100
         loss = model(input_ids=ids, labels=labels).loss
