@@ -1,11 +1,11 @@
-"""The CSV of the runs, and what docs/debugging.md shows of it: a figure, a table, and rules that tell the runs apart."""
+"""The CSV of the runs, and what docs/debugging.md shows of it: a figure, a table, rules that tell the runs apart."""
 
 from __future__ import annotations
 
 import csv
 import json
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,19 +57,19 @@ def seeds(rows: Rows) -> list[float]:
     return sorted({row["seed"] for row in rows})
 
 
-def mean(rows: Iterable[dict[str, Any]], key: str) -> float:
+def logged(rows: Rows, key: str) -> list[float]:
     """Of the rows that have it: evaluation is logged less often."""
-    return float(np.nanmean([row[key] for row in rows]))
+    return [row[key] for row in rows if not np.isnan(row[key])]
 
 
 def end(rows: Rows, key: str) -> float:
     last = max(row["step"] for row in rows)
-    return mean([row for row in rows if row["step"] > (1 - LAST) * last], key)
+    return float(np.mean(logged([row for row in rows if row["step"] > (1 - LAST) * last], key)))
 
 
 def start(rows: Rows, key: str) -> float:
     """The first value that was logged."""
-    return mean(rows[:2], key)
+    return logged(rows, key)[0]
 
 
 def diagnose(rows: Rows) -> str:
@@ -94,21 +94,18 @@ def numbers(rows: Rows) -> str:
         cells = []
         for name in WAYS:
             found = [value(of(rows, name, seed)) for seed in seeds(rows)]
-            cells.append(f"{np.mean(found):.2f} ({min(found):.2f} to {max(found):.2f})")
+            cells.append(f"{np.mean(found):.2f} ({min(found):.2f} to {max(found):.2f})".replace("-", "−"))
         body.append(line(title, cells))
-    return (
-        "\n".join([*header(f"mean of the last {100 * LAST:.0f} % of steps", [*WAYS]), *body])
-        .replace("-", "−")
-        .replace("−−−", "---")
-    )
+    return "\n".join([*header(f"mean of the last {100 * LAST:.0f} % of steps", [*WAYS]), *body])
 
 
 def made(folder: Path, rows: Rows) -> str:
     x, steps = json.loads((folder / "machine.json").read_text()), max(row["step"] for row in rows)
+    seed = seeds(rows)
     return (
-        f"{len(WAYS)} runs for each of the seeds {seeds(rows)[0]:.0f} to {seeds(rows)[-1]:.0f}, {steps:.0f} steps of {BATCH} "
-        f"pairs, {x['seconds']} s of one core of an {x['cpu']}; torch {x['torch']}, transformers "
-        f"{x['transformers']}, TRL {x['trl']}; commit {x['commit']}."
+        f"{len(WAYS)} runs for each of the seeds {seed[0]:.0f} to {seed[-1]:.0f}, {steps:.0f} steps of {BATCH} pairs, "
+        f"{x['seconds']} s of one core of an {x['cpu']}; torch {x['torch']}, transformers {x['transformers']}, "
+        f"TRL {x['trl']}; commit {x['commit']}."
     )
 
 
@@ -138,15 +135,14 @@ def draw(rows: Rows, path: Path, made: str) -> None:
             for key in keys:
                 for seed in seeds(rows):
                     mine = [row for row in of(rows, name, seed) if not np.isnan(row[key])]
-                    label = key if seed == seeds(rows)[0] else None
-                    x, y = [row["step"] for row in mine], [row[key] for row in mine]
-                    ax.plot(
-                        x, y, color=COLOURS[key], lw=1.2, marker="o" if key in EVALUATED else None, ms=3, label=label
-                    )
+                    style: dict[str, Any] = {"color": COLOURS[key], "lw": 1.2, "ms": 3}
+                    style["marker"] = "o" if key in EVALUATED else None
+                    style["label"] = key if seed == seeds(rows)[0] else None
+                    ax.plot([row["step"] for row in mine], [row[key] for row in mine], **style)
             ax.grid(axis="y", color="#e6e6e6", lw=0.7)
             if limits:
                 ax.set_ylim(*limits)
-            if column is axes.T[0]:
+            if name == next(iter(WAYS)):
                 ax.set_ylabel(ylabel)
                 ax.legend(fontsize=7, frameon=False)
         passes = of(rows, name)[-1]["epoch"]
@@ -156,9 +152,8 @@ def draw(rows: Rows, path: Path, made: str) -> None:
         )  # fmt: skip
         column[-1].set_xlabel("step")
         column[0].axhline(0, color="#999999", lw=0.7)
-    figure.suptitle(
-        f"What NaPOTrainer logs, a line for each seed; held-out pairs have the same noise. {made}", fontsize=7
-    )
+    title = "What NaPOTrainer logs, a line for each seed; held-out pairs (eval_) have the same noise."
+    figure.suptitle(f"{title}\n{made}", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

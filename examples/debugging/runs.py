@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from examples.noise_study.tasks import WORDS, Questions, questions
 from napo_loss.trl import NaPOConfig, NaPOTrainer
 
-BATCH, EVERY, STEPS = 16, 4, 120
+BATCH, EVERY, STEPS = 16, 4, 72
 HELD_OUT = 192  # pairs of the same making, noise included: nobody has others
 BETA = 0.1
 NEGATIVES = {
@@ -35,7 +35,8 @@ NEGATIVES = {
 NAMES = tuple(NEGATIVES)
 LOGGED = (
     "loss", "grad_norm", "logps/chosen", "rewards/chosen", "rewards/margins", "rewards/accuracies",
-    *(f"{kind}/{name}" for name in NAMES for kind in ("rewards/margins", "rewards/accuracies", "napo/q", "napo/weight")),
+    *(f"{kind}/{name}" for kind in ("rewards/margins", "rewards/accuracies") for name in NAMES),
+    *(f"napo/{kind}/{name}" for kind in ("q", "weight") for name in NAMES),
 )  # fmt: skip
 EVALUATED = ("eval_rewards/margins/rejected", "eval_rewards/accuracies/rejected", "eval_napo/q/rejected")
 
