@@ -147,8 +147,8 @@ def draw(rows: Rows, path: Path, made: str) -> None:
                 ax.legend(fontsize=7, frameon=False)
         passes = of(rows, name)[-1]["epoch"]
         column[0].set_title(
-            f"{name}: {100 * way.swapped:.0f} % swapped, learning rate {way.learning_rate:g},\n"
-            f"{way.pairs} pairs, {passes:.2g} epochs", fontsize=9, loc="left",
+            f"{name}: {100 * way.swapped:.0f} % swapped,\n"
+            f"{way.pairs} pairs, {passes:.2g} epochs, learning rate {way.learning_rate:g}", fontsize=9, loc="left",
         )  # fmt: skip
         column[-1].set_xlabel("step")
         column[0].axhline(0, color="#999999", lw=0.7)
