@@ -93,10 +93,10 @@ def backward(
     unit_w = w * saved.unit_scale
     dhidden = None
     if needs.hidden:
-        active = steps.reduce(unit_w[:, None] * saved.unit_dhidden)  # [A, D]
         (N, T, D) = hidden.shape
         all_rows = hidden.new_zeros((N * T + 1, D))  # one for the rows beyond the active ones
-        all_rows[saved.rows] = active.to(hidden.dtype)
+        # Without a name, so that the float32 [A, D] are gone before the products for the head.
+        all_rows[saved.rows] = steps.reduce(unit_w[:, None] * saved.unit_dhidden).to(hidden.dtype)
         dhidden = all_rows[:-1].view(N, T, D)
     if not needs.dlogits:
         return Gradients(hidden=dhidden)
