@@ -3,6 +3,8 @@
 # make test-all  environment + all tests, those marked slow too
 # make lint   environment + ruff, pyright
 # make bench  environment + the benchmarks of this machine
+# make test-trainers  every recipe of docs/trainers.md in its trainer, in environments of their own under .venvs/; the table
+#   of what ran. TRAINERS="trl-0.24 lightning" for some of them, TRAINERS=--newest for the newest releases
 # make docs   environment + the documentation, in site/
 #
 # Each installs what it needs into .venv, from pyproject.toml with the versions tested in constraints.txt. To use an
@@ -11,7 +13,7 @@ VENV := .venv
 BASE_PYTHON := python3
 PYTHON := $(if $(VENV),$(VENV)/bin/python,$(BASE_PYTHON))
 
-.PHONY: demo test test-all lint bench docs
+.PHONY: demo test test-all test-trainers lint bench docs
 demo: $(if $(VENV),$(VENV)/.demo)
 	$(PYTHON) examples/demo.py
 
@@ -21,6 +23,9 @@ test: $(if $(VENV),$(VENV)/.test)
 
 test-all: $(if $(VENV),$(VENV)/.test)
 	$(PYTHON) -m pytest -n auto --dist loadgroup
+
+test-trainers: $(if $(VENV),$(VENV)/.test)
+	$(PYTHON) -m tests.trainer_recipes $(TRAINERS)
 
 lint: $(if $(VENV),$(VENV)/.dev)
 	$(PYTHON) -m ruff check .
