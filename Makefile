@@ -5,6 +5,8 @@
 # make lint   environment + ruff, pyright
 # make fuzz   environment + 20,000 random cases of the public functions against float64 formulas, into docs/fuzz.md
 # make bench  environment + the benchmarks of this machine
+# make test-trainers  every recipe of docs/trainers.md in its trainer, in environments of their own under .venvs/; the table
+#   of what ran. TRAINERS="trl-0.24 lightning" for some of them, TRAINERS=--newest for the newest releases
 # make docs   environment + the documentation, in site/
 # make release-check  environment + wheel and sdist, built, checked, installed alone and tested
 #
@@ -14,7 +16,7 @@ VENV := .venv
 BASE_PYTHON := python3
 PYTHON := $(if $(VENV),$(VENV)/bin/python,$(BASE_PYTHON))
 
-.PHONY: demo test test-all lint fuzz mutants bench docs release-check
+.PHONY: demo test test-all test-trainers lint fuzz mutants bench docs release-check
 demo: $(if $(VENV),$(VENV)/.demo)
 	$(PYTHON) examples/demo.py
 
@@ -27,6 +29,9 @@ test-all: $(if $(VENV),$(VENV)/.test)
 
 mutants: $(if $(VENV),$(VENV)/.test)
 	$(PYTHON) tests/mutation $(MUTANTS)
+
+test-trainers: $(if $(VENV),$(VENV)/.test)
+	$(PYTHON) -m tests.trainer_recipes $(TRAINERS)
 
 lint: $(if $(VENV),$(VENV)/.dev)
 	$(PYTHON) -m ruff check .

@@ -30,7 +30,7 @@ def _of(ptr, i, k, K, other):
     do_not_specialize=["B", "K"],
     do_not_specialize_on_alignment=[
         "policy_chosen_ptr", "policy_rejected_ptr", "reference_chosen_ptr", "reference_rejected_ptr",
-        "chosen_length_ptr", "rejected_length_ptr", "previous_ptr", "means_ptr",
+        "chosen_length_ptr", "rejected_length_ptr", "pair_mask_ptr", "previous_ptr", "means_ptr",
     ],
 )  # fmt: skip
 def objective_kernel(
@@ -40,6 +40,7 @@ def objective_kernel(
     reference_rejected_ptr,
     chosen_length_ptr,
     rejected_length_ptr,
+    pair_mask_ptr,  # [K, B], bytes: 0 where a pair does not count
     settings_ptr,  # [6, K]: slope, top, low, reads_mean, fixed_q, weight; see NegativeNumbers
     previous_ptr,  # [2, K] or unused: the moments of the step before
     means_ptr,  # [3, K]: of the margins that q is read from, of their squares, of ψ as the loss reads it
@@ -59,6 +60,7 @@ def objective_kernel(
     MIN_LENGTH: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     HAS_LENGTH: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     HAS_PREVIOUS: tl.constexpr,
     AVERAGE: tl.constexpr,
     DYNAMIC: tl.constexpr,
@@ -81,22 +83,27 @@ def objective_kernel(
         seen_sum = tl.zeros([BLOCK_K, BLOCK_B], tl.float64)
         square_sum = tl.zeros([BLOCK_K, BLOCK_B], tl.float64)
         psi_sum = tl.zeros([BLOCK_K, BLOCK_B], tl.float64)
+        if HAS_MASK:
+            counted = tl.zeros([BLOCK_K, BLOCK_B], tl.int32)
         for start in range(0, B, BLOCK_B):
             b = start + tl.arange(0, BLOCK_B)
-            chosen, rejected, chosen_length, rejected_length, in_b, inside, at = margins(
+            chosen, rejected, chosen_length, rejected_length, in_b, inside, counts_b, counts, at = margins(
                 policy_chosen_ptr, policy_rejected_ptr, reference_chosen_ptr, reference_rejected_ptr,
-                chosen_length_ptr, rejected_length_ptr, b, k, B, K, MIN_LENGTH, HAS_REFERENCE, HAS_LENGTH,
-                tl.float64,
+                chosen_length_ptr, rejected_length_ptr, pair_mask_ptr, b, k, B, K, MIN_LENGTH, HAS_REFERENCE,
+                HAS_LENGTH, HAS_MASK, tl.float64,
             )  # fmt: skip
             sum_margin = chosen[None, :] - rejected
             mean_margin = (chosen / chosen_length)[None, :] - rejected / rejected_length
-            seen = tl.where(inside, tl.where(reads_mean[:, None], mean_margin, sum_margin), 0.0)
+            seen = tl.where(counts, tl.where(reads_mean[:, None], mean_margin, sum_margin), 0.0)
             seen_sum += seen
             square_sum += seen * seen
-            psi_sum += tl.where(inside, mean_margin if AVERAGE else sum_margin, 0.0)
-        seen_mean = (tl.sum(seen_sum, axis=1) / B).to(tl.float32)
-        seen_square = (tl.sum(square_sum, axis=1) / B).to(tl.float32)
-        margin_mean = (tl.sum(psi_sum, axis=1) / B).to(tl.float32)
+            psi_sum += tl.where(counts, mean_margin if AVERAGE else sum_margin, 0.0)
+            if HAS_MASK:
+                counted += counts.to(tl.int32)
+        pairs = tl.maximum(tl.sum(counted, axis=1), 1) if HAS_MASK else B
+        seen_mean = (tl.sum(seen_sum, axis=1) / pairs).to(tl.float32)
+        seen_square = (tl.sum(square_sum, axis=1) / pairs).to(tl.float32)
+        margin_mean = (tl.sum(psi_sum, axis=1) / pairs).to(tl.float32)
     else:
         seen_mean = _of(means_ptr, 0, k, K, 0.0)
         seen_square = _of(means_ptr, 1, k, K, 0.0)
@@ -126,12 +133,12 @@ def objective_kernel(
         safe_q = tl.where(is_dpo, 1.0, q[:, None])
         for start in range(0, B, BLOCK_B):
             b = start + tl.arange(0, BLOCK_B)
-            chosen, rejected, chosen_length, rejected_length, in_b, inside, at = margins(
+            chosen, rejected, chosen_length, rejected_length, in_b, inside, counts_b, counts, at = margins(
                 policy_chosen_ptr, policy_rejected_ptr, reference_chosen_ptr, reference_rejected_ptr,
-                chosen_length_ptr, rejected_length_ptr, b, k, B, K, MIN_LENGTH, HAS_REFERENCE, HAS_LENGTH,
-                tl.float32,
+                chosen_length_ptr, rejected_length_ptr, pair_mask_ptr, b, k, B, K, MIN_LENGTH, HAS_REFERENCE,
+                HAS_LENGTH, HAS_MASK, tl.float32,
             )  # fmt: skip
-            policy = tl.load(policy_chosen_ptr + b, mask=in_b, other=0.0).to(tl.float32)
+            policy = tl.load(policy_chosen_ptr + b, mask=counts_b, other=0.0).to(tl.float32)
             if AVERAGE:
                 chosen /= chosen_length
                 rejected /= rejected_length
@@ -140,7 +147,7 @@ def objective_kernel(
             log_p = log_sigmoid(x)
             y = safe_q * log_p  # not 0·−inf, of a sequence that the policy excludes
             loss = tl.where(is_dpo, -log_p, -expm1(y) / safe_q)
-            weighs = inside & (weight != 0)[:, None]
+            weighs = counts & (weight != 0)[:, None]
             loss = tl.sum(tl.where(weighs, weight[:, None] * loss, 0.0), axis=0)
             loss -= tl.where(sft_weight != 0, sft_weight * policy, 0.0)
             tl.store(losses_ptr + b, loss, mask=in_b)
@@ -150,8 +157,8 @@ def objective_kernel(
             e = tl.exp(-tl.abs(x))
             not_p = tl.where(x >= 0, e, 1.0) / (1.0 + e)
             to_q = tl.where(is_dpo, 1.0, tl.exp(y))  # σ(x)^q
-            grad = tl.where(inside, -beta * weight[:, None] * to_q * not_p, 0.0)  # dloss/dψ
-            grad_chosen = tl.sum(grad, axis=0) - sft_weight
+            grad = tl.where(counts, -beta * weight[:, None] * to_q * not_p, 0.0)  # dloss/dψ
+            grad_chosen = tl.sum(grad, axis=0) - (tl.where(counts_b, sft_weight, 0.0) if HAS_MASK else sft_weight)
             if AVERAGE:
                 grad_chosen /= chosen_length
                 grad /= rejected_length
@@ -183,6 +190,8 @@ def objective(
     assert policy_chosen is not None
     assert policy_rejected is not None
     K, B = policy_rejected.shape
+    mask = logps.get("pair_mask")  # a byte each
+    logps = {**logps, "pair_mask": None if mask is None else mask.contiguous().view(torch.uint8)}
     given = dict.fromkeys(OUTPUTS) | logps | (out or {}) | {"settings": settings, "previous": previous, "means": means}
     block_k = triton.next_power_of_2(K)
     long = max(1, TILE // block_k)
@@ -197,6 +206,7 @@ def objective(
             **constants._asdict(),
             HAS_REFERENCE=logps["reference_chosen"] is not None,
             HAS_LENGTH=logps["chosen_length"] is not None,
+            HAS_MASK=mask is not None,
             HAS_PREVIOUS=previous is not None,
             AVERAGE=average,
             DYNAMIC=dynamic,

@@ -13,6 +13,7 @@ from napo_loss.objective.recipes import PAPER, RELEASED, SCALE_FREE, Negative, R
 from napo_loss.parallel.reductions import all_reduce_logps
 from napo_loss.types import (
     LowRank,
+    MaskedLogps,
     NaPOOutput,
     PreferenceLoss,
     SequenceLogps,
@@ -29,6 +30,7 @@ __all__ = [
     "RELEASED",
     "SCALE_FREE",
     "LowRank",
+    "MaskedLogps",
     "Moments",
     "NaPOLoss",
     "NaPOOutput",

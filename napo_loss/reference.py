@@ -69,8 +69,11 @@ def linear_sequence_logps(
     return sequence_logps(logits, labels, **kwargs)
 
 
-def noise_level(margin: Tensor, alpha: float = 0.01, estimator: str = "released") -> Tensor:
-    """q as the released code runs it, as the paper prints it (with β in the margin), or by moments.
+def noise_level(
+    margin: Tensor, alpha: float = 0.01, estimator: str = "released", pair_mask: Tensor | None = None
+) -> Tensor:
+    """q as the released code runs it, as the paper prints it (with β in the margin), or by moments; of the pairs that
+    count, where a mask shaped as the margin says which.
 
     Example:
         >>> import torch
@@ -80,6 +83,10 @@ def noise_level(margin: Tensor, alpha: float = 0.01, estimator: str = "released"
         (tensor(0.7551), tensor(0.3775), tensor(0.6838))
     """
     margin = margin.detach()
+    if pair_mask is not None:
+        counted = [m[keep] for m, keep in zip(torch.atleast_2d(margin), torch.atleast_2d(pair_mask), strict=True)]
+        levels = [noise_level(m if len(m) else m.new_zeros(1), alpha, estimator) for m in counted]
+        return torch.stack(levels).view(margin.shape[:-1])
     mean = margin.mean(-1)
     if estimator == "released":
         return (2 * (1 - torch.sigmoid(alpha * mean))).clamp(0.001, 1)
@@ -89,8 +96,8 @@ def noise_level(margin: Tensor, alpha: float = 0.01, estimator: str = "released"
     return torch.where(rms == 0, 1, 1 - mean / rms).clamp(0.001, 1)
 
 
-def noise_aware_dpo_loss(margin: Tensor, beta: float, q: float) -> Tensor:
-    """``(1 − σ(βψ)^q)/q``, and ``−log σ(βψ)`` for ``q = 0``: as printed in the paper.
+def noise_aware_dpo_loss(margin: Tensor, beta: float, q: float, pair_mask: Tensor | None = None) -> Tensor:
+    """``(1 − σ(βψ)^q)/q``, and ``−log σ(βψ)`` for ``q = 0``: as printed in the paper; 0 for a pair that is masked.
 
     Example:
         >>> import torch
@@ -98,6 +105,10 @@ def noise_aware_dpo_loss(margin: Tensor, beta: float, q: float) -> Tensor:
         >>> noise_aware_dpo_loss(torch.zeros(1), beta=0.1, q=1.0)
         tensor([0.5000])
     """
+    if pair_mask is not None:
+        losses = torch.zeros_like(margin)
+        losses[pair_mask] = noise_aware_dpo_loss(margin[pair_mask], beta, q)
+        return losses
     if q == 0:
         return -torch.nn.functional.logsigmoid(beta * margin)
     return (1 - torch.sigmoid(beta * margin) ** q) / q

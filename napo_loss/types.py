@@ -82,6 +82,33 @@ class SequenceLogps(NamedTuple):
         return SequenceLogps(chosen, lengths[0]), SequenceLogps(rejected, lengths[1])
 
 
+class MaskedLogps(NamedTuple):
+    """Log-probs of which some belong to padding pairs: stands where they may in :func:`napo_loss.napo_loss`.
+
+    A masked pair is not there: it changes neither q, moments, weights nor the losses of others, on this rank or any
+    other, whatever stands in its log-probs, which get gradients of zero. Its own loss and rewards are 0, so the mean
+    over pairs is a sum over their number, ``out.losses.sum() / pair_mask.sum()``; the sum over ranks of these numbers
+    where ranks differ (docs/parallel.md).
+
+    Attributes:
+        logps: of the chosen, or of negatives, as they would stand here: a tensor or a :class:`SequenceLogps`.
+        pair_mask: True for pairs that count, bool, shaped as the log-probs: ``[B]`` beside the chosen, which with a
+            chosen masks all of its negatives; ``[K, B]`` beside stacked negatives masks these pairs alone. Where
+            several are given, a pair counts that all of them count.
+
+    Example:
+        >>> import torch
+        >>> from napo_loss import MaskedLogps, napo_loss
+        >>> chosen, rejected = torch.tensor([-10.0, torch.nan]), torch.tensor([-30.0, 0.0])
+        >>> out = napo_loss(MaskedLogps(chosen, torch.tensor([True, False])), rejected, None, None)
+        >>> out.losses, out.q
+        (tensor([0.1197, 0.0000]), tensor(0.9003))
+    """
+
+    logps: Tensor | SequenceLogps
+    pair_mask: Tensor
+
+
 def _slice(x: Tensor, K: int) -> tuple[Tensor, Tensor]:
     B = x.shape[0] // (1 + K)
     return x[:B], x[B:] if K == 1 else x[B:].view(K, B)

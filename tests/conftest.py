@@ -21,6 +21,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+collect_ignore_glob = ["trainer_recipes/*"]  # for the environments of these trainers
+
+
 def pytest_configure(config):
     check_interpreter()
     hypothesis.settings.load_profile("quick" if config.option.markexpr == "not slow" else "all")

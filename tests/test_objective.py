@@ -447,7 +447,9 @@ def test_moments_are_taken_as_they_come():
     torch.testing.assert_close(after[0].moments, after[1].moments)
     torch.testing.assert_close(noise_level(Moments(*first.moments)), first.q)
     for ignored in ({"q_from": "all_pairs"}, {"process_group": "a group"}):
-        with pytest.raises(ValueError, match="margin is Moments, averaged already: give q_from and process_group to"):
+        with pytest.raises(
+            ValueError, match="margin is Moments, averaged already: give q_from, process_group and pair_mask to"
+        ):
             noise_level(named, **ignored)
 
 

@@ -8,7 +8,6 @@ from datasets import Dataset
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -38,6 +37,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def processor() -> LlavaProcessor:
+    from transformers import CLIPImageProcessorPil  # which older versions lack
+
     images = CLIPImageProcessorPil(size={"height": 8, "width": 8}, do_center_crop=False)
     return LlavaProcessor(
         images, tokenizer(), patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1,

@@ -70,6 +70,18 @@ def check_logps(
         check_like("reference_rejected_logps", reference_rejected, "policy_rejected_logps", policy_rejected, shape)
 
 
+def check_pair_mask(name: str, mask: object, logps_name: str, logps: Tensor, *shapes: torch.Size) -> None:
+    """Which pairs count, beside the log-probs or margins that it masks; of their shape, or one of ``shapes``."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a bool tensor, True for pairs that count, got {given}")
+    if mask.shape not in (logps.shape, *shapes):
+        expected = " or ".join(dict.fromkeys(str(list(shape)) for shape in (logps.shape, *shapes)))
+        raise ValueError(f"{name} must have shape {expected}, as {logps_name} asks, got {list(mask.shape)}")
+    if mask.device != logps.device:
+        raise ValueError(f"{name} is on {mask.device}, but {logps_name} is on {logps.device}")
+
+
 def check_margin(margin: Tensor, *, may_be_empty: bool = False) -> None:
     check_tensor("margin", margin)
     no_rows, no_pairs = margin.shape[:-1].numel() == 0, margin.numel() == 0 and not may_be_empty

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from napo_loss.backend import upcast
-from napo_loss.objective.estimators import BOUNDS, Moments, q_of, smooth
+from napo_loss.objective.estimators import BOUNDS, Moments, mean_of_counted, q_of, smooth
 from napo_loss.objective.negatives import PreferenceBatch
 from napo_loss.objective.recipes import Negative, Recipe
 from napo_loss.parallel.reductions import mean_over_group
@@ -49,8 +49,8 @@ def objective(
     if isinstance(beta, Tensor):
         beta = beta.to(psi.dtype)  # beside the scalar mean of one negative a float64 β would make q and losses float64
     if means is None:
-        by_count = recipe.q_from == "all_pairs"
-        means = mean_over_group(means_of(psi, seen), psi.shape[-1], by_count=by_count, process_group=process_group)
+        count, by_count = batch.logps.count, recipe.q_from == "all_pairs"
+        means = mean_over_group(means_of(psi, seen, count), count, by_count=by_count, process_group=process_group)
     moments, margins = means[:2], means[2]
     if recipe.q_from == "each_pair":
         moments = torch.stack([seen, seen * seen])  # [2, K, B]
@@ -63,7 +63,7 @@ def objective(
     if not batch.dynamic and any(n.weight == 0 for n in batch.negatives):
         # What has no weight is not there: zero times the infinite loss of an excluded sequence would be NaN.
         losses = torch.where(weights[:, None] == 0, 0.0, losses)
-    losses = losses.sum(0)
+    losses = where(batch.logps.pair_mask, losses).sum(0)
     if recipe.sft_weight:
         losses = losses - sft_of(batch, recipe)
     return NaPOOutput(losses, (beta * chosen).detach(), (beta * rejected).detach(), q.detach(), weights, moments)
@@ -71,9 +71,10 @@ def objective(
 
 def sft_of(batch: PreferenceBatch, recipe: Recipe) -> Tensor:
     """``sft_weight·log π(y_w)``, ``[B]``."""
-    sft = recipe.sft_weight * upcast(batch.logps.policy_chosen)
-    if batch.average and batch.logps.chosen_length is not None:
-        sft = sft / batch.logps.chosen_length.clamp_min(MIN_LENGTH)
+    logps = batch.logps.counted()
+    sft = recipe.sft_weight * upcast(logps.policy_chosen)
+    if batch.average and logps.chosen_length is not None:
+        sft = sft / logps.chosen_length.clamp_min(MIN_LENGTH)
     return sft
 
 
@@ -87,14 +88,15 @@ class Margins(NamedTuple):
 
 
 def margins_of(batch: PreferenceBatch) -> Margins:
-    logps = batch.logps
+    """Margins of 0 where a pair does not count."""
+    logps = batch.logps.counted()
     chosen = log_ratio(logps.policy_chosen, logps.reference_chosen)
     rejected = log_ratio(logps.policy_rejected, logps.reference_rejected)
-    by_sum = by_mean = chosen - rejected
+    by_sum = by_mean = where(logps.pair_mask, chosen - rejected)
     if logps.chosen_length is not None and logps.rejected_length is not None:
         chosen_length = logps.chosen_length.clamp_min(MIN_LENGTH)
         rejected_length = logps.rejected_length.clamp_min(MIN_LENGTH)
-        by_mean = chosen / chosen_length - rejected / rejected_length
+        by_mean = where(logps.pair_mask, chosen / chosen_length - rejected / rejected_length)
         if batch.average:
             chosen, rejected = chosen / chosen_length, rejected / rejected_length
     psi = by_mean if batch.average else by_sum
@@ -105,9 +107,14 @@ def margins_of(batch: PreferenceBatch) -> Margins:
     return Margins(chosen, rejected, psi, seen)
 
 
-def means_of(psi: Tensor, seen: Tensor) -> Tensor:
+def where(mask: Tensor | None, margins: Tensor) -> Tensor:
+    """0 where a pair does not count, which may have the chosen of one that does."""
+    return margins if mask is None else torch.where(mask, margins, 0.0)
+
+
+def means_of(psi: Tensor, seen: Tensor, count: int | Tensor) -> Tensor:
     """``[3, K]``: the means of the margin behind q, of its square, and of the margin of the loss."""
-    return torch.stack([seen, seen * seen, psi.detach()]).mean(-1)
+    return mean_of_counted(torch.stack([seen, seen * seen, psi.detach()]), count)
 
 
 def dynamic_weights(margins: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from napo_loss.backend import upcast
 from napo_loss.checks import check_group, check_positive
-from napo_loss.objective.checks import check_bounds, check_margin, check_mean, checked_previous
+from napo_loss.objective.checks import check_bounds, check_margin, check_mean, check_pair_mask, checked_previous
 from napo_loss.parallel.reductions import mean_over_group
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def margin_moments(
     process_group: ProcessGroup | None = None,
     previous: Moments | Tensor | None = None,
     decay: float = 0.0,
+    pair_mask: Tensor | None = None,
 ) -> Moments:
     r"""Mean and mean square of margins, over the ranks of a process group and smoothed over steps where that is asked.
 
@@ -69,14 +70,16 @@ def margin_moments(
             A rank without pairs (``[0]`` or ``[K, 0]``) takes part and changes nothing.
         previous: the moments of the step before, to smooth with; ``None`` at the first step.
         decay: share of ``previous`` that is kept, in [0, 1).
+        pair_mask: True for pairs that count, bool, ``[B]`` or shaped as ``margin``; the others may hold anything. Of no
+            pair at all the moments are 0.
 
     Returns:
         :class:`Moments`: scalars for ``[B]``, ``[K]`` for ``[K, B]``, or shaped as ``margin`` with ``"each_pair"``.
 
     Raises:
         ValueError: on an empty margin without a process group, more than two dimensions, a decay out of range,
-            ``previous`` of another shape, a process group that this process is not in.
-        TypeError: where ``margin`` is not a floating-point tensor.
+            ``previous`` or ``pair_mask`` of another shape, a process group that this process is not in.
+        TypeError: where ``margin`` is not a floating-point tensor, or ``pair_mask`` not bool.
 
     Example:
         >>> import torch
@@ -91,11 +94,16 @@ def margin_moments(
     check_group("process_group", process_group)
     check_margin(margin, may_be_empty=process_group is not None)
     check_mean(q_from, decay)
-    psi = upcast(margin.detach())
+    psi, count = upcast(margin.detach()), margin.shape[-1]
+    if pair_mask is not None:
+        check_pair_mask("pair_mask", pair_mask, "margin", margin, margin.shape[-1:])
+        pair_mask = pair_mask.expand(psi.shape)
+        psi, count = torch.where(pair_mask, psi, 0.0), pair_mask.sum(-1)
     moments = torch.stack([psi, psi * psi])  # [2, …, B]
     if q_from != "each_pair":
-        B, by_count = psi.shape[-1], q_from == "all_pairs"
-        moments = mean_over_group(moments.mean(-1), B, by_count=by_count, process_group=process_group)
+        moments = mean_over_group(
+            mean_of_counted(moments, count), count, by_count=q_from == "all_pairs", process_group=process_group
+        )
     if previous is not None:
         previous = checked_previous("previous", previous, moments.shape)
     return Moments(*smooth(moments, previous, decay))
@@ -109,6 +117,7 @@ def noise_level(
     bounds: tuple[float, float] | None = None,
     q_from: Literal["rank_means", "all_pairs", "each_pair"] = "rank_means",
     process_group: ProcessGroup | None = None,
+    pair_mask: Tensor | None = None,
 ) -> Tensor:
     r"""How noisy the batch looks, as the robustness q of :func:`noise_aware_dpo_loss`.
 
@@ -132,14 +141,15 @@ def noise_level(
         bounds: smallest and largest q, within [0, 1]. Default: those of the estimator.
         q_from: what m̄ is, see :func:`margin_moments`.
         process_group: ranks to average over, see :func:`margin_moments`.
+        pair_mask: the pairs that count, see :func:`margin_moments`.
 
     Returns:
         q, detached: a scalar for ``[B]``, ``[K]`` for ``[K, B]``, or shaped as ``margin`` with ``"each_pair"``.
 
     Raises:
         ValueError: on an empty margin without a process group, more than two dimensions, an unknown estimator, α ≤ 0 or
-            an α for ``"moment"``, ``q_from`` or a process group beside moments, bounds out of range, ``"moment"`` of
-            each pair, a process group that this process is not in.
+            an α for ``"moment"``, ``q_from``, a process group or a mask beside moments, bounds out of range,
+            ``"moment"`` of each pair, a process group that this process is not in.
         TypeError: where ``margin`` is not a floating-point tensor.
 
     Example:
@@ -160,11 +170,18 @@ def noise_level(
     if bounds is not None:
         check_bounds(bounds)
     if isinstance(margin, Moments):
-        if process_group is not None or q_from != "rank_means":
-            raise ValueError("margin is Moments, averaged already: give q_from and process_group to margin_moments")
+        if process_group is not None or q_from != "rank_means" or pair_mask is not None:
+            raise ValueError(
+                "margin is Moments, averaged already: give q_from, process_group and pair_mask to margin_moments"
+            )
     else:
-        margin = margin_moments(margin, q_from=q_from, process_group=process_group)
+        margin = margin_moments(margin, q_from=q_from, process_group=process_group, pair_mask=pair_mask)
     return q_of(margin, estimator, ALPHA if alpha is None else alpha, bounds or BOUNDS[estimator])
+
+
+def mean_of_counted(x: Tensor, count: int | Tensor) -> Tensor:
+    """Over the pairs, the last axis, which where ``count`` is a tensor is 0 for those that do not count."""
+    return x.sum(-1) / count.clamp_min(1) if isinstance(count, Tensor) else x.mean(-1)
 
 
 def check_estimator(estimator: str, alpha: float | None, q_from: str) -> None:

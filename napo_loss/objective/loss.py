@@ -19,7 +19,7 @@ from torch import Tensor
 from napo_loss.backend import HAS_TRITON
 from napo_loss.checks import check_group
 from napo_loss.objective import eager, ops
-from napo_loss.objective.checks import check_logps, check_q, checked_beta
+from napo_loss.objective.checks import check_logps, check_pair_mask, check_q, checked_beta
 from napo_loss.objective.estimators import Moments, smooth
 from napo_loss.objective.negatives import Logps, PreferenceBatch
 from napo_loss.objective.recipes import Recipe, misplaced
@@ -40,6 +40,7 @@ def noise_aware_dpo_loss(
     *,
     beta: float | Tensor = 0.1,
     q: float | Tensor,
+    pair_mask: Tensor | None = None,
 ) -> PreferenceLoss:
     r"""DPO with robustness ``q``: the negative Box–Cox transform of the preference probability.
 
@@ -57,13 +58,15 @@ def noise_aware_dpo_loss(
         q: robustness in [0, 1], a float or a tensor that broadcasts to the margin: scalar, ``[B]``,
             ``[K, 1]`` (one per negative) or ``[K, B]``. No gradient flows into it. A tensor's values
             are not read back to check them: outside [0, 1] the loss is NaN.
+        pair_mask: True for pairs that count, bool, ``[B]`` or shaped as the rejected. The others may hold anything:
+            their losses, rewards and gradients are 0.
 
     Returns:
         ``losses`` shaped as the rejected log-probs, ``chosen_rewards [B]``, ``rejected_rewards``.
 
     Raises:
         ValueError: on mismatched shapes or devices, an empty batch, β ≤ 0 or a float q outside [0, 1].
-        TypeError: where an argument is not a floating-point tensor.
+        TypeError: where an argument is not a floating-point tensor, or ``pair_mask`` not bool.
 
     Example:
         >>> import torch
@@ -84,7 +87,13 @@ def noise_aware_dpo_loss(
     chosen = eager.log_ratio(policy_chosen_logps, reference_chosen_logps)
     rejected = eager.log_ratio(policy_rejected_logps, reference_rejected_logps)
     check_q(q, rejected)
-    losses = eager.box_cox(beta * (chosen - rejected), q)
+    if pair_mask is not None:
+        check_pair_mask("pair_mask", pair_mask, "policy_rejected_logps", rejected, chosen.shape)
+        pair_mask = pair_mask.expand(rejected.shape)
+        any_mask = pair_mask.any(0) if pair_mask.dim() == 2 else pair_mask
+        chosen, rejected = torch.where(any_mask, chosen, 0.0), torch.where(pair_mask, rejected, 0.0)
+    losses = eager.box_cox(beta * eager.where(pair_mask, chosen - rejected), q)
+    losses = eager.where(pair_mask, losses)
     return PreferenceLoss(losses, (beta * chosen).detach(), (beta * rejected).detach())
 
 
@@ -108,7 +117,8 @@ def napo_loss(
 
     Args:
         policy_chosen_logps: ``log π(y_w)`` in nats, ``[B]``, or a :class:`SequenceLogps`, whose lengths are
-            needed where the recipe reads per-token means.
+            needed where the recipe reads per-token means, or a :class:`MaskedLogps`, whose mask says which pairs are
+            padding. So may the others.
         policy_rejected_logps: one negative per chosen, ``[B]``; several, ``[K, B]``; or a mapping from the
             name of the negative (``"rejected"``, ``"question_only"``, ``"image_only"``, any name) to ``[B]``.
         reference_chosen_logps: ``log π_ref(y_w)``, ``[B]``; ``None`` (both) for a reference-free loss.
@@ -188,9 +198,9 @@ def batch_means(
         means = ops.objective_means(**ops.ObjectiveCall.of(batch, 1.0, recipe).to_schema())  # of ψ, without β
     else:
         margins = eager.margins_of(batch)
-        means = eager.means_of(margins.psi, margins.seen)
-    B, by_count = batch.logps.policy_rejected.shape[1], recipe.q_from == "all_pairs"
-    means = mean_over_group(means, B, by_count=by_count, process_group=process_group)
+        means = eager.means_of(margins.psi, margins.seen, batch.logps.count)
+    by_count = recipe.q_from == "all_pairs"
+    means = mean_over_group(means, batch.logps.count, by_count=by_count, process_group=process_group)
     return torch.cat([smooth(means[:2], previous, recipe.decay), means[2:]])
 
 
@@ -215,8 +225,8 @@ def _fused(
     elif process_group is not None:
         with torch.no_grad():
             own = ops.objective_means(**call.to_schema())
-        B, by_count = batch.logps.policy_rejected.shape[1], recipe.q_from == "all_pairs"
-        call = call.with_means(mean_over_group(own, B, by_count=by_count, process_group=process_group))
+        count, by_count = batch.logps.count, recipe.q_from == "all_pairs"
+        call = call.with_means(mean_over_group(own, count, by_count=by_count, process_group=process_group))
     out = ops.Objective(*ops.objective(**call.to_schema()))
     rewards, found = out.rewards.detach(), out.found.detach()
     return NaPOOutput(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from napo_loss.checks import check_group
 from napo_loss.objective.checks import checked_beta
 from napo_loss.objective.estimators import BatchMoments
-from napo_loss.objective.loss import batch_means, loss_of, napo_loss
+from napo_loss.objective.loss import batch_means, loss_of
 from napo_loss.objective.negatives import Logps, PreferenceBatch
 from napo_loss.objective.recipes import Recipe, misplaced
 from napo_loss.trees import SharesGroup
@@ -28,12 +28,13 @@ class NaPOLoss(SharesGroup, nn.Module):
         beta: strength β > 0, a number or a 0-d tensor.
         recipe: the other settings, a :class:`napo_loss.Recipe`.
         process_group: ranks over which mean margins are averaged; ``None``: this process alone.
-        reduction: what becomes of the losses. ``"none"``: ``[B]``; ``"mean"``: a scalar, 0 where a rank has no pair.
+        reduction: what becomes of the losses. ``"none"``: ``[B]``; ``"mean"``: a scalar, over those with a
+            pair that is not masked; 0 where a rank has none.
 
     Shape:
-        Called with the four log-probs that :func:`napo_loss.napo_loss` takes, in its order, and ``moments``, where the
-        batch is one of several micro-batches and q and weights are to be those of all (:meth:`batch_moments`); returns
-        :class:`napo_loss.NaPOOutput`.
+        Called with the four log-probs that :func:`napo_loss.napo_loss` takes, in its order, masked ones too
+        (:class:`napo_loss.MaskedLogps`), and ``moments``, where the batch is one of several micro-batches and q and
+        weights are to be those of all (:meth:`batch_moments`); returns :class:`napo_loss.NaPOOutput`.
 
     Attributes:
         previous_moments: the ``.moments`` of the last call in training mode where ``recipe.decay > 0``, else None.
@@ -86,17 +87,18 @@ class NaPOLoss(SharesGroup, nn.Module):
         moments: BatchMoments | None = None,
     ) -> NaPOOutput:
         logps = policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+        beta, group = checked_beta(self.beta), self.process_group
+        batch = PreferenceBatch.of(*logps, self.recipe, may_be_empty=moments is not None or group is not None)
         if moments is not None:
-            batch = PreferenceBatch.of(*logps, self.recipe, may_be_empty=True)
-            out = loss_of(batch, self.beta, self.recipe, None, None, batch.means("moments", moments))
+            out = loss_of(batch, beta, self.recipe, None, None, batch.means("moments", moments))
         else:
-            previous = self._previous()
-            out = napo_loss(
-                *logps, beta=self.beta, recipe=self.recipe, previous_moments=previous, process_group=self.process_group
-            )
+            previous = batch.previous(self._previous(), each_pair=self.recipe.q_from == "each_pair")
+            out = loss_of(batch, beta, self.recipe, previous, group)
             self._keep(out.moments)
         if self.reduction == "mean":
-            out = out._replace(losses=out.losses.sum() / max(out.losses.numel(), 1))
+            mask = batch.logps.pair_mask
+            count = max(out.losses.numel(), 1) if mask is None else mask.any(0).sum().clamp_min(1)
+            out = out._replace(losses=out.losses.sum() / count)
         return out
 
     def batch_moments(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from napo_loss.backend import upcast
 from napo_loss.checks import check_tensor
-from napo_loss.objective.checks import check_length, check_logps, checked_previous
+from napo_loss.objective.checks import check_length, check_logps, check_pair_mask, checked_previous
 from napo_loss.objective.estimators import BatchMoments, Moments
 from napo_loss.objective.recipes import RELEASED, Negative, Recipe, defaults
-from napo_loss.types import SequenceLogps
+from napo_loss.types import MaskedLogps, SequenceLogps
 
-Logps = Tensor | SequenceLogps
+Logps = Tensor | SequenceLogps | MaskedLogps
 
 
 class BatchLogps(NamedTuple):
@@ -28,6 +28,22 @@ class BatchLogps(NamedTuple):
     reference_rejected: Tensor | None
     chosen_length: Tensor | None  # [B], float
     rejected_length: Tensor | None  # [K, B]
+    pair_mask: Tensor | None = None  # [K, B], bool: the pairs that count
+
+    @property
+    def count(self) -> int | Tensor:
+        """How many pairs count: B, or ``[K]`` where a mask says."""
+        return self.policy_rejected.shape[-1] if self.pair_mask is None else self.pair_mask.sum(-1)
+
+    def counted(self) -> BatchLogps:
+        """With zeros, of length 1, for what does not count, which may be NaN; no gradient goes there."""
+        if self.pair_mask is None:
+            return self
+        counts = {1: self.pair_mask.any(0), 2: self.pair_mask}
+        others = {"chosen_length": 1.0, "rejected_length": 1.0}
+        given = {name: x for name, x in self._asdict().items() if x is not None and name != "pair_mask"}
+        kept = {name: torch.where(counts[x.dim()], x, others.get(name, 0.0)) for name, x in given.items()}
+        return self._replace(**kept)
 
 
 class PreferenceBatch(NamedTuple):
@@ -59,11 +75,9 @@ class PreferenceBatch(NamedTuple):
             )
         chosen = _split(policy_chosen)
         rejected = _stack("policy_rejected_logps", policy_rejected)
-        ref_chosen = None if reference_chosen is None else _split(reference_chosen).sum
-        ref_rejected = (
-            None if reference_rejected is None else _stack("reference_rejected_logps", reference_rejected).sum
-        )
-        check_logps(chosen.sum, rejected.sum, ref_chosen, ref_rejected, may_be_empty=may_be_empty)
+        ref = _Given() if reference_chosen is None else _split(reference_chosen)
+        refs = _Given() if reference_rejected is None else _stack("reference_rejected_logps", reference_rejected)
+        check_logps(chosen.sum, rejected.sum, ref.sum, refs.sum, may_be_empty=may_be_empty)
 
         stacked = rejected.sum.dim() == 2
         settings_of = _settings if torch.compiler.is_compiling() else _settings_once
@@ -74,8 +88,12 @@ class PreferenceBatch(NamedTuple):
             chosen_length = _length("policy_chosen_logps", chosen)
             rejected_length = _row(_length("policy_rejected_logps", rejected), stacked)
         logps = BatchLogps(
-            chosen.sum, _row(rejected.sum, stacked), ref_chosen,
-            None if ref_rejected is None else _row(ref_rejected, stacked), chosen_length, rejected_length,
+            chosen.sum, _row(rejected.sum, stacked), ref.sum, None if refs.sum is None else _row(refs.sum, stacked),
+            chosen_length, rejected_length,
+            _pair_mask(
+                policy_chosen_logps=chosen, policy_rejected_logps=rejected, reference_chosen_logps=ref,
+                reference_rejected_logps=refs,
+            ),
         )  # fmt: skip
         return cls(logps, settings.negatives, settings.dynamic, recipe.average_logps, stacked)
 
@@ -109,8 +127,9 @@ class PreferenceBatch(NamedTuple):
 class _Given(NamedTuple):
     """Log-probs as they came: bare tensors have no length."""
 
-    sum: Tensor
-    length: Tensor | None
+    sum: Any = None  # checked later
+    length: Tensor | None = None
+    pair_mask: Tensor | None = None
 
 
 def _row(x: Tensor, stacked: bool) -> Tensor:
@@ -123,7 +142,20 @@ def _names(logps: object) -> list[str] | None:
 
 
 def _split(logps: Logps) -> _Given:
-    return _Given(logps.sum, logps.length) if isinstance(logps, SequenceLogps) else _Given(logps, None)
+    mask = None
+    if isinstance(logps, MaskedLogps):
+        logps, mask = logps
+    return _Given(logps.sum, logps.length, mask) if isinstance(logps, SequenceLogps) else _Given(logps, None, mask)
+
+
+def _pair_mask(**given: _Given) -> Tensor | None:
+    """``[K, B]``: the pairs that every mask counts; None where there is no mask."""
+    mask = None
+    for name, x in given.items():
+        if x.pair_mask is not None:
+            check_pair_mask(f"the pair_mask of {name}", x.pair_mask, "its log-probs", x.sum)
+            mask = x.pair_mask if mask is None else mask & x.pair_mask
+    return None if mask is None else mask.expand(torch.atleast_2d(given["policy_rejected_logps"].sum).shape)
 
 
 def _length(name: str, given: _Given) -> Tensor:
@@ -151,7 +183,21 @@ def _stack(name: str, logps: Logps | Mapping[str, Logps]) -> _Given:
     if len({tuple(shape) for shape in shapes.values()}) > 1 or len(next(iter(shapes.values()))) != 1:
         raise ValueError(f"every negative in {name} must have shape [B], got {shapes}")
     lengths = [x.length for x in given if x.length is not None]
-    return _Given(torch.stack([x.sum for x in given]), torch.stack(lengths) if len(lengths) == len(given) else None)
+    return _Given(
+        torch.stack([x.sum for x in given]), torch.stack(lengths) if len(lengths) == len(given) else None,
+        _stack_masks(name, dict(zip(logps, given, strict=True))),
+    )  # fmt: skip
+
+
+def _stack_masks(name: str, given: Mapping[str, _Given]) -> Tensor | None:
+    """``[K, B]``; a negative without a mask counts."""
+    masks = {key: x.pair_mask for key, x in given.items() if x.pair_mask is not None}
+    for key, mask in masks.items():
+        check_pair_mask(f"the pair_mask of {name}[{key!r}]", mask, "its log-probs", given[key].sum)
+    if not masks:
+        return None
+    all_count = torch.ones_like(next(iter(masks.values())))
+    return torch.stack([masks.get(key, all_count) for key in given])
 
 
 class _Settings(NamedTuple):

@@ -51,10 +51,9 @@ class ObjectiveCall(Call):
     SCHEMA: ClassVar[dict[str, str]] = {
         "policy_chosen": "Tensor", "policy_rejected": "Tensor", "reference_chosen": "Tensor?",
         "reference_rejected": "Tensor?", "chosen_length": "Tensor?", "rejected_length": "Tensor?",
-        "previous_moments": "Tensor?", "means": "Tensor?", "slope": "float[]", "top": "float[]", "low": "float[]",
-        "reads_mean": "float[]", "fixed_q": "float[]",
-        "weight": "float[]", "beta": "float", "sft_weight": "float", "decay": "float", "average": "bool",
-        "dynamic": "bool",
+        "pair_mask": "Tensor?", "previous_moments": "Tensor?", "means": "Tensor?", "slope": "float[]", "top": "float[]",
+        "low": "float[]", "reads_mean": "float[]", "fixed_q": "float[]", "weight": "float[]", "beta": "float",
+        "sft_weight": "float", "decay": "float", "average": "bool", "dynamic": "bool",
     }  # fmt: skip
 
     logps: BatchLogps

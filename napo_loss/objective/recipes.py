@@ -166,6 +166,10 @@ def misplaced(function: str, settings: Mapping[str, object]) -> TypeError:
     of_negative = {name: x for name, x in settings.items() if name in {f.name for f in fields(Negative)}}
     of_recipe = {name: x for name, x in settings.items() if name in {f.name for f in fields(Recipe)}}
     if unknown := [name for name in settings if name not in {**of_negative, **of_recipe}]:
+        if "pair_mask" in unknown:
+            return TypeError(
+                f"{function} takes pair_mask with the log-probs: MaskedLogps(policy_chosen_logps, pair_mask)"
+            )
         return TypeError(f"{function} got an unexpected keyword argument {unknown[0]!r}")
     written = [f"Negative({_written(of_negative)})"] if of_negative else []
     written += [_written(of_recipe)] if of_recipe else []

@@ -81,18 +81,25 @@ def all_reduce(x: Tensor, process_group, *, largest: bool = False) -> Tensor:
     return x
 
 
-def mean_over_group(means: Tensor, count: int, *, by_count: bool, process_group: ProcessGroup | None) -> Tensor:
+def mean_over_group(
+    means: Tensor, count: int | Tensor, *, by_count: bool, process_group: ProcessGroup | None
+) -> Tensor:
     """The mean over ranks of each rank's ``means`` (a detached tensor), in one all-reduce.
 
     Args:
-        means: this rank's means, any shape.
-        count: how many samples are behind them on this rank. A rank without any takes part and changes nothing.
+        means: this rank's means, several of each kind of sample, ``[n, ...]``.
+        count: how many samples are behind them on this rank; a tensor ``[...]`` where their number differs from kind to
+            kind. A rank without any takes part and changes nothing.
         by_count: weigh each rank by its count (the mean over all samples) instead of equally.
         process_group: the ranks; ``None`` means this rank alone and no communication.
     """
     if process_group is None:
         return means
-    weight = float(count if by_count else count > 0)
-    weighted = means.flatten() * weight if count else torch.zeros_like(means).flatten()  # the mean of nothing is NaN
-    packed = all_reduce(torch.cat([weighted, weighted.new_full((1,), weight)]), process_group)
-    return (packed[:-1] / packed[-1].clamp_min(1)).view_as(means)
+    if isinstance(count, Tensor):
+        weight = (count if by_count else count > 0).to(means.dtype)
+        weighted = torch.where(count > 0, means * weight, 0.0)
+    else:
+        weight = means.new_full(means.shape[1:], float(count if by_count else count > 0))
+        weighted = means * weight if count else torch.zeros_like(means)  # the mean of nothing is NaN
+    packed = all_reduce(torch.cat([weighted, weight[None]]), process_group)  # of one size, masked or not
+    return packed[:-1] / packed[-1].clamp_min(1)
