@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from napo_loss.backend import upcast
+from napo_loss.backend import by_name, upcast
 from napo_loss.checks import check_tensor
 from napo_loss.objective.checks import check_length, check_logps, check_pair_mask, checked_previous
 from napo_loss.objective.estimators import BatchMoments, Moments
@@ -41,9 +41,9 @@ class BatchLogps(NamedTuple):
             return self
         counts = {1: self.pair_mask.any(0), 2: self.pair_mask}
         others = {"chosen_length": 1.0, "rejected_length": 1.0}
-        given = {name: x for name, x in self._asdict().items() if x is not None and name != "pair_mask"}
+        given = {name: x for name, x in by_name(self, BatchLogps).items() if x is not None and name != "pair_mask"}
         kept = {name: torch.where(counts[x.dim()], x, others.get(name, 0.0)) for name, x in given.items()}
-        return self._replace(**kept)
+        return BatchLogps(**{**by_name(self, BatchLogps), **kept})
 
 
 class PreferenceBatch(NamedTuple):
