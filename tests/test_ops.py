@@ -57,7 +57,7 @@ def test_opcheck_objective():
     torch.manual_seed(0)
     logps = BatchLogps(
         torch.randn(4, requires_grad=True), torch.randn(2, 4, requires_grad=True), torch.zeros(4), torch.zeros(2, 4),
-        torch.ones(4), torch.ones(2, 4),
+        torch.ones(4), torch.ones(2, 4), torch.tensor([[True, True, True, False], [True, False, True, False]]),
     )  # fmt: skip
     negatives = (Negative(alpha=0.01), Negative(alpha=0.5, margin="mean", q=0.2))
     batch = PreferenceBatch(logps, negatives, dynamic=True, average=False, stacked=True)
