@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent
 TRIED = ROOT / "tests/tried"
 CORE = "objective ops logps linear kernels strides excluded token_statistics faults interrupts contexts package"
 EXTRAS = "head trl trl_versions trl_state"
-TOOLS = ["pytest", "pytest-timeout", "hypothesis", "build", "setuptools>=77"]
+TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "build", "setuptools>=77"]
 # Python, torch, Triton (None: what torch brings), and of the extras what has to be named.
 VERSIONS = [
     nox.param("3.10", "2.8.0", None, None, id="torch-2.8"),
