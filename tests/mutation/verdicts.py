@@ -58,16 +58,19 @@ PARTIAL = " partial"
 
 
 def past(all_mutants: dict[str, Mutant], tiers: list[str], partial: bool = False) -> dict[str, Result]:
-    """Verdicts of earlier runs that still hold."""
+    """Verdicts of earlier runs that still hold: a kill outweighs the rest. With ``partial`` also of mutants that once
+    survived other tests than there are now: a report must not lose them, for then only the killed would be left."""
     found: dict[str, Result] = {}
     for row in RESULTS.read_text().splitlines() if RESULTS.exists() else []:
         result = Result(**json.loads(row))
         mutant = all_mutants.get(result.id)
-        if mutant is not None:
-            killed = result.outcome == "killed"
-            now = killed_state(mutant, result.killer) if killed else whole_state(",".join(tiers))
-            if result.state == now or (partial and result.state == now + PARTIAL):
+        if mutant is None:
+            continue
+        if result.outcome == "killed":
+            if result.state == killed_state(mutant, result.killer):
                 found[result.id] = result
+        elif found.get(result.id, result).outcome != "killed" and (partial or result.state == whole_state(",".join(tiers))):
+            found[result.id] = result
     return found
 
 
