@@ -26,7 +26,7 @@ def settings(folder: Path, dataset: str, **further) -> dict:
     return {
         "stage": "dpo", "do_train": True, "model_name_or_path": str(folder / "model"), "finetuning_type": "full",
         "dataset": dataset, "dataset_dir": str(folder), "template": "empty", "cutoff_len": 64, "pref_loss": "sigmoid",
-        "output_dir": str(folder / "out"), "overwrite_cache": True, "per_device_train_batch_size": 2,
+        "overwrite_cache": True, "per_device_train_batch_size": 2,
         "max_steps": watch.STEPS, "learning_rate": 2.0, "optim": "sgd", "lr_scheduler_type": "constant",
         "logging_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no", "ddp_backend": "gloo",
         "max_grad_norm": 0.0, "dataloader_pin_memory": False, "disable_gradient_checkpointing": True,
@@ -55,6 +55,7 @@ def train(arguments: dict, hook: str | None = None, recipe=None) -> dict:
         setattr(CustomDPOTrainer, name, method)
     CustomDPOTrainer.compute_loss = watch.keeps_losses(CustomDPOTrainer, losses, moved).compute_loss
     torch.manual_seed(0)
+    arguments = {**arguments, "output_dir": tempfile.mkdtemp(dir=arguments["dataset_dir"])}
     if hook is None:
         run_exp(arguments)
     else:

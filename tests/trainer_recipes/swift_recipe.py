@@ -15,7 +15,7 @@ import napo_loss
 from trainer_recipes import data, page, watch
 
 ARGUMENTS = {
-    "rlhf_type": "dpo", "model_type": "llama3", "template": "dummy", "per_device_train_batch_size": 2,
+    "rlhf_type": "dpo", "model_type": "llama", "template": "dummy", "per_device_train_batch_size": 2,
     "max_steps": watch.STEPS, "learning_rate": 2.0, "optim": "sgd", "lr_scheduler_type": "constant", "logging_steps": 1,
     "report_to": "none", "use_cpu": "true", "save_strategy": "no", "ddp_backend": "gloo", "max_grad_norm": 0.0,
     "torch_dtype": "float32", "gradient_checkpointing": "false", "dataloader_num_workers": 0, "dataset_num_proc": 1,

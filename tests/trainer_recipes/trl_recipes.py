@@ -16,9 +16,9 @@ from trainer_recipes import data, page, watch
 
 ARGUMENTS = {
     "per_device_train_batch_size": 2, "max_steps": watch.STEPS, "learning_rate": 2.0, "optim": "sgd",
-    "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True,
-    "save_strategy": "no", "dataloader_pin_memory": False, "ddp_backend": "gloo", "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
+    "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
+    "disable_tqdm": True, "save_strategy": "no", "dataloader_pin_memory": False, "ddp_backend": "gloo",
+    "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
 }  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def run(blocks: list[str], theirs: dict) -> dict[str, dict]:
 
 
 def several(blocks: list[str]) -> dict[str, dict]:
-    """Two negatives of each prompt in rows that follow each other; the same one twice has the loss of the single one."""
+    """Two negatives of each prompt in rows that follow each other; one of them twice has the loss of that one."""
     rows = data.rows()
     runs = {}
     for name, columns, recipe in (

@@ -44,7 +44,9 @@ class Watched:
 def watch_module(watched: Watched) -> None:
     """Every NaPOLoss of this process, by the same watcher."""
 
-    def forward(self, *logps, moments=None):
+    def forward(self, chosen, rejected, reference_chosen, reference_rejected, moments=None):
+        assert moments is None  # of a batch of several micro-batches, which no recipe here has
+        logps = chosen, rejected, reference_chosen, reference_rejected
         out = watched(*logps, beta=self.beta, process_group=self.process_group, recipe=self.recipe)
         return out._replace(losses=out.losses.mean()) if self.reduction == "mean" else out
 
