@@ -32,6 +32,7 @@ def judge(folder: Path, recipe: str, ranks: int = 2) -> Verdict:
     found = [json.loads((folder / f"{recipe}-{rank}.json").read_text()) for rank in range(ranks)]
     difference = 0.0
     for rank in found:
+        assert len(rank["runs"]["q0"].get("calls", [0, 0])) >= 2, "the recipe's loss was not called with q = 0"
         theirs, q0, ours = (rank["runs"][name] for name in ("theirs", "q0", "ours"))
         assert len(theirs["losses"]) == len(q0["losses"]) >= 2, "the trainer's own loss and q = 0 took other steps"
         assert len(set(theirs["losses"])) > 1, "the loss never changed"
@@ -44,7 +45,8 @@ def judge(folder: Path, recipe: str, ranks: int = 2) -> Verdict:
         assert all(rank["q"] == step[0]["q"] for rank in step), f"ranks have different q: {[r['q'] for r in step]}"
         for k, q in enumerate(step[0]["q"]):
             mean = sum(rank["own"][k] for rank in step) / ranks
-            expected = min(1.0, max(0.001, 2 / (1 + math.exp(0.01 * mean))))
+            alpha = step[0].get("alpha", 0.01)
+            expected = min(1.0, max(0.001, 2 / (1 + math.exp(alpha * mean))))
             assert abs(q - expected) < 1e-5, f"q is {q}, of the margins of all ranks {expected}"
     last = [call[-1] for call in calls]
     assert last[0]["own"] != last[-1]["own"] or ranks == 1, "ranks had the same pairs: this shows nothing"

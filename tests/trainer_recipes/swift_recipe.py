@@ -19,7 +19,8 @@ ARGUMENTS = {
     "max_steps": watch.STEPS, "learning_rate": 2.0, "optim": "sgd", "lr_scheduler_type": "constant", "logging_steps": 1,
     "report_to": "none", "use_cpu": "true", "save_strategy": "no", "ddp_backend": "gloo", "max_grad_norm": 0.0,
     "torch_dtype": "float32", "gradient_checkpointing": "false", "dataloader_num_workers": 0, "dataset_num_proc": 1,
-    "split_dataset_ratio": 0, "tuner_type": "full", "max_length": 64, "dataloader_pin_memory": "false",
+    "split_dataset_ratio": 0, "gradient_accumulation_steps": 1, "tuner_type": "full", "max_length": 64,
+    "dataloader_pin_memory": "false",
     "bf16": "false", "fp16": "false", "attn_impl": "eager", "seed": 0,
 }  # fmt: skip
 
@@ -43,8 +44,9 @@ def train(folder: Path, hook: str | None = None, recipe=None, dataset: str = "pa
     settings = {name: x for name, x in {**settings, **further}.items() if x is not None}
     arguments = [word for name, x in settings.items() for word in (f"--{name}", str(x))]
     if hook is not None:
-        (folder / "plugin.py").write_text(f"{hook}\n{page.code('ms-swift')}\n")
-        arguments += ["--external_plugins", str(folder / "plugin.py")]
+        plugin = Path(tempfile.mkdtemp(dir=folder), "plugin.py")  # of each path it imports one
+        plugin.write_text(f"{hook}\n{page.code('ms-swift')}\n")
+        arguments += ["--external_plugins", str(plugin)]
         sys.modules.pop("plugin", None)
         napo_loss.napo_loss = watched  # which the plugin imports
     torch.manual_seed(0)

@@ -87,7 +87,8 @@ def napo_trainer() -> dict[str, dict]:
         }  # fmt: skip
         before = watch.weights(given["model"])
         page.names(page.code("NaPOTrainer"), **given)
-    runs["ours"] = {"losses": losses, "calls": watched.calls, "moved": watch.distance(before, given["model"])}
+    calls = [{"q": c["q"][1:], "own": c["own"][1:], "alpha": 0.05} for c in watched.calls]  # the first has a fixed q
+    runs["ours"] = {"losses": losses, "calls": calls, "moved": watch.distance(before, given["model"])}
     return runs
 
 
