@@ -74,14 +74,15 @@ def prompts(asked: Questions) -> list[str]:
 
 
 @lru_cache
-def reference(seed: int) -> LlamaForCausalLM:
+def reference(seed: int) -> Any:
     """A model that has the habit: two answers of three name the digits as they were given."""
     torch.manual_seed(seed)
     rng, words = np.random.default_rng(seed), tokenizer()
-    size = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(words), pad_token_id=0, eos_token_id=1, bos_token_id=None, **size)
-    )
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(300):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - step / 300)
