@@ -246,7 +246,7 @@ def collate(examples: Sequence[Example], with_answer: bool) -> dict[str, Tensor]
 
 
 def pretrain(model: LlavaForConditionalGeneration, steps: int, seed: int, tick: Callable[[], None]) -> None:
-    """Next-token training on the answers: captions first, as LLaVA is trained, then all of the corpus, with its biases."""
+    """Next-token training on the answers: captions first, as LLaVA's is, then the corpus with its biases."""
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(

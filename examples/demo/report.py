@@ -25,6 +25,8 @@ COLUMNS = {
     "same without image": "same answer without the image",
 }
 BASE, BEFORE = "DPO", "pre-trained"
+PLAIN, OURS = "three negatives, q = 0", "SCALE_FREE"
+"""The same negatives and weights without and with noise awareness."""
 COLOURS = {0.0: "#4c78a8", 0.3: "#e4572e"}
 TITLES = {
     "prior wrong": "Right where the prior is wrong:\npoints more than DPO",
@@ -49,9 +51,9 @@ class Report(NamedTuple):
     def mean(self, column: str, rate: float, arm: str) -> Estimate:
         return estimate(self._values(column, rate, arm))
 
-    def difference(self, column: str, rate: float, arm: str) -> Estimate:
-        """To DPO, paired by seed."""
-        pairs = zip(self._values(column, rate, arm), self._values(column, rate, BASE), strict=True)
+    def difference(self, column: str, rate: float, arm: str, other: str = BASE) -> Estimate:
+        """To another arm, paired by seed."""
+        pairs = zip(self._values(column, rate, arm), self._values(column, rate, other), strict=True)
         return estimate(a - b for a, b in pairs)
 
     def _values(self, column: str, rate: float, arm: str) -> list[float]:
@@ -84,6 +86,9 @@ def markdown(report: Report) -> str:
         for arm in report.arms:
             name = f"{100 * rate:.0f} % swapped: {arm.name}"
             lines.append(line(name, [cell(report, column, rate, arm.name) for column in COLUMNS]))
+    for rate in report.scale.swapped:
+        name = f"{100 * rate:.0f} % swapped: *{OURS} minus {PLAIN}*"
+        lines.append(line(name, [report.difference(column, rate, OURS, PLAIN).signed for column in COLUMNS]))
     return "\n".join(lines)
 
 
@@ -139,7 +144,7 @@ def _q(ax: Any, report: Report) -> None:
         means = [estimate(curve[i]["rejected"] for curve in curves).mean for i in range(len(steps))]
         ax.plot(steps, means, color=COLOURS[rate], lw=2)
         ax.axhline(2 * rate, color=COLOURS[rate], lw=1, ls=":")
-    ax.set_title("q read by the moment estimate over steps\n(dotted: twice the share that is swapped)", loc="left")
+    ax.set_title("q of “moment q” over steps\n(dotted: twice the share swapped)", loc="left")
     ax.set_ylim(-0.03, 1.05)
 
 
