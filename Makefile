@@ -18,7 +18,7 @@ PYTHON := $(if $(VENV),$(VENV)/bin/python,$(BASE_PYTHON))
 
 .PHONY: demo test test-all test-trainers lint fuzz mutants bench docs release-check
 demo: $(if $(VENV),$(VENV)/.demo)
-	$(PYTHON) examples/demo.py
+	$(PYTHON) -m examples.demo
 
 test test-all: export OMP_NUM_THREADS := 1
 test: $(if $(VENV),$(VENV)/.test)

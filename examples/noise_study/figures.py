@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from examples.noise_study.findings import Rows, common, converged, curve, estimate, present, where
+from examples.noise_study.findings import Rows, common, converged, curve, estimate, present, walked, where
 from examples.noise_study.plan import AT_ALL_SETTINGS, BETA, MAPPED, RATE, RATES
 
 COLOURS = {
@@ -72,7 +72,7 @@ def _maps(rows: Rows, path: Path) -> None:
     image = None
     for line, rate in zip(np.atleast_2d(axes), MAPPED, strict=True):
         for ax, loss in zip(line, losses, strict=True):
-            x = where(rows, loss=loss, rate=rate, learning_rate=RATE)
+            x = walked(where(rows, loss=loss, rate=rate, learning_rate=RATE))
             betas, epochs = sorted({r["beta"] for r in x}), sorted({r["epoch"] for r in x})
             cells = [
                 [100 * np.mean([r["test"] for r in where(x, beta=beta, epoch=e)]) for e in epochs] for beta in betas

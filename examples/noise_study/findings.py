@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from examples.noise_study.plan import BETA, RATE
+from examples.noise_study.plan import AXES_SEEDS, BETA, RATE
 
 Rows = list[dict[str, Any]]
 LEVEL = 0.95  # of every interval
@@ -69,6 +69,11 @@ def difference(rows: Rows, other: Rows, column: str = "test") -> Estimate:
     """Of the same seeds, so that what a model and its pairs are worth cancels."""
     a, b = by_seed(rows, column), by_seed(other, column)
     return estimate(a[seed] - b[seed] for seed in sorted(a.keys() & b.keys()))
+
+
+def walked(rows: Rows) -> Rows:
+    """Of the seeds that walked the axes: points of other β and learning rates are compared on these."""
+    return [row for row in rows if row["seed"] < AXES_SEEDS]
 
 
 def own_best(rows: Rows) -> tuple[Point, Rows]:

@@ -20,10 +20,11 @@ from examples.noise_study.findings import (
     estimate,
     own_best,
     present,
+    walked,
     where,
 )  # fmt: skip
 from examples.noise_study.losses import GROUPS
-from examples.noise_study.plan import AT_ALL_SETTINGS, BETA, ESTIMATES, MAPPED, RATE, RATES
+from examples.noise_study.plan import AT_ALL_SETTINGS, AXES_SEEDS, BETA, ESTIMATES, MAPPED, RATE, RATES
 
 PAGE = Path(__file__).parents[2] / "docs" / "noise_study.md"
 TUNED_ON = 0.2
@@ -91,8 +92,8 @@ def at_convergence(rows: Rows) -> str:
 
 def at_own_best(rows: Rows) -> str:
     """Each loss where clean validation data would put it, over β, learning rate and epochs."""
-    pictures = where(rows, task="pictures", noise="swapped")
-    head = ["%, at its own best on clean validation questions"]
+    pictures = walked(where(rows, task="pictures", noise="swapped"))
+    head = [f"%, {AXES_SEEDS} seeds, at its own best on clean validation questions"]
     head += [title for swapped in _swapped(MAPPED) for title in (swapped, "β, learning rate, epochs")]
     body = []
     for loss in present(pictures, AT_ALL_SETTINGS):
