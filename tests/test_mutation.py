@@ -1,5 +1,6 @@
 """The mutants themselves, the map from lines to tests, the list of equivalents, and a sample of those once killed."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 pytest.importorskip("psutil")
 import processes
-from mutation import hits, recorded, report, run, trace
+from mutation import hits, recorded, report, run, trace, verdicts
 from mutation.mutate import mutants
 
 SOURCE = '''"""x < 1"""
@@ -135,6 +136,30 @@ def test_an_equivalent_that_is_gone_or_killed_is_said():
     assert len(bad) == 2
     assert re.search(f"noticed .killed.: {one}", bad[0])
     assert "no such mutant any more: 0123456789" in bad[1]
+
+
+def test_verdicts_hold_as_long_as_what_they_depend_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(verdicts, "RESULTS", tmp_path / "results.jsonl")
+    everything = run.everything(["napo_loss/trees.py"])
+    killed, survivor, gone = [*list(everything)[:2], "0123456789"]
+    killer, whole = "tests/test_mutation.py::test_ids_survive_edits_elsewhere", verdicts.whole_state("quick")
+    holds = verdicts.killed_state(everything[killed], killer)
+
+    def read(*rows, partial=False):
+        results = [verdicts.Result(id, outcome, killer, 1, 1.0, state) for id, outcome, state in rows]
+        verdicts.RESULTS.write_text("".join(json.dumps(x.__dict__) + "\n" for x in results))
+        return {id: x.outcome for id, x in verdicts.past(everything, ["quick"], partial).items()}
+
+    rows = (killed, "killed", holds), (survivor, "survived", whole), (gone, "killed", holds)
+    assert read(*rows) == {killed: "killed", survivor: "survived"}
+    assert read((killed, "survived", whole), *rows, (killed, "survived", whole))[killed] == "killed"
+    lapsed = (killed, "killed", "of other code"), (survivor, "survived", "of other tests")
+    assert read(*lapsed) == {}
+    assert read(*lapsed, partial=True) == {survivor: "survived"}
+    assert read((survivor, "survived", whole + verdicts.PARTIAL)) == {}
+    read(*rows)
+    verdicts.forget([killer])
+    assert verdicts.RESULTS.read_text() == ""
 
 
 def test_the_table_is_of_this_code():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mutation.mutate import Mutant
 from mutation.scratch import ROOT
-from mutation.verdicts import Result
+from mutation.verdicts import Result, whole_state
 
 HERE = Path(__file__).parent
 EQUIVALENT, TABLE, PAGE = HERE / "equivalent.toml", HERE / "results.csv", ROOT / "docs" / "mutants.md"
@@ -60,7 +60,8 @@ def room(file: str) -> str:
     return parts[0] if parts[0] == "kernels" else parts[1] if len(parts) > 2 else "top"
 
 
-def rows(found: dict[str, Mutant], results: dict[str, Result], listed: dict[str, dict]) -> list[dict]:
+def rows(found: dict[str, Mutant], results: dict[str, Result], listed: dict[str, dict], now: str) -> list[dict]:
+    """``now``: the state of all tests; what survived in another one survived other tests, or some of them."""
     made = []
     for id, result in results.items():
         mutant = found[id]
@@ -68,7 +69,8 @@ def rows(found: dict[str, Mutant], results: dict[str, Result], listed: dict[str,
         before, after = (" ".join(text.split())[:100] for text in (mutant.before, mutant.after))
         made.append(
             {"id": id, "file": mutant.file, "function": mutant.function, "line": mutant.line, "kind": mutant.kind,
-             "before": before, "after": after, "outcome": outcome, "killer": result.killer}
+             "before": before, "after": after, "outcome": outcome, "killer": result.killer,
+             "by": "" if result.outcome == "killed" or result.state == now else "other tests, or some"}
         )  # fmt: skip
     return sorted(made, key=lambda row: (row["file"], row["line"], row["id"]))
 
@@ -94,7 +96,11 @@ def tables(made: list[dict]) -> str:
 
 def survivors(made: list[dict]) -> str:
     left = [row for row in made if row["outcome"] in ("survived", "untested")]
-    lines = [f"- `{x['file']}:{x['line']}` `{x['before']}` → `{x['after']}` ({x['id']}, {x['outcome']})" for x in left]
+    lines = [
+        f"- `{x['file']}:{x['line']}` `{x['before']}` → `{x['after']}` ({x['id']}, {x['outcome']}"
+        + (f"; judged by {x['by']} of today's)" if x["by"] else ")")
+        for x in left
+    ]
     return "\n".join(lines) or "None."
 
 
@@ -106,7 +112,7 @@ def write(found: dict[str, Mutant], results: dict[str, Result], tiers: Iterable[
     """Writes table and page, says what is wrong. Returns the exit code."""
     listed = equivalents()
     results = {id: result for id, result in results.items() if result.outcome != "invalid"}
-    made = rows(found, results, listed)
+    made = rows(found, results, listed, whole_state(",".join(tiers)))
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(made[0]) if made else ["id"], lineterminator="\n")
         writer.writeheader()

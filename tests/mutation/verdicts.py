@@ -63,13 +63,14 @@ def past(all_mutants: dict[str, Mutant], tiers: list[str], partial: bool = False
     found: dict[str, Result] = {}
     for row in RESULTS.read_text().splitlines() if RESULTS.exists() else []:
         result = Result(**json.loads(row))
-        mutant = all_mutants.get(result.id)
+        mutant, before = all_mutants.get(result.id), found.get(result.id)
         if mutant is None:
             continue
         if result.outcome == "killed":
-            if result.state == killed_state(mutant, result.killer):
-                found[result.id] = result
-        elif found.get(result.id, result).outcome != "killed" and (partial or result.state == whole_state(",".join(tiers))):
+            holds = result.state == killed_state(mutant, result.killer)
+        else:
+            holds = partial or result.state == whole_state(",".join(tiers))
+        if holds and (before is None or before.outcome != "killed"):
             found[result.id] = result
     return found
 
