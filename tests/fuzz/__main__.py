@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -21,7 +22,7 @@ from .report import Tally, written
 from .running import Failure, Runner
 from .spaces import GROUPS, SPACES
 
-BATCH = 50
+BATCH = 25
 """Cases that a process takes at a time."""
 
 
@@ -85,8 +86,8 @@ def main() -> int:
     from tqdm import tqdm
 
     tally = Tally()
-    with tqdm(total=given.cases, unit="case", mininterval=5) as bar:
-        for part in batches(given):
+    with tqdm(total=given.cases, unit="case", mininterval=5) as bar, suppress(KeyboardInterrupt):
+        for part in batches(given):  # what is interrupted reports what it has done
             for case, failure in part:
                 tally.add(case, failure)
                 if failure is not None:
