@@ -35,6 +35,7 @@ TRAINERS = {
     "trl-0.29": Trainer("trl_recipes", ("TRL, NaPOTrainer", "TRL, a subclass")),
     "trl-0.24": Trainer("trl_recipes", ("TRL, the hook", "TRL, two negatives")),
     "llamafactory": Trainer("llamafactory_recipe", ("LLaMA-Factory", "LLaMA-Factory, two negatives")),
+    "ms-swift": Trainer("swift_recipe", ("ms-swift",)),
     "torchtune": Trainer("torchtune_recipe", ("torchtune",)),
     "lightning": Trainer("lightning_recipe", ("Lightning",)),
     "accelerate": Trainer("accelerate_recipe", ("accelerate",)),

@@ -67,6 +67,7 @@ def train(arguments: dict, hook: str | None = None, recipe=None) -> dict:
 
 
 def main() -> None:
+    torch.distributed.destroy_process_group = lambda *_: None  # after each training, of which there are six here
     packages = ["llamafactory", "trl", "transformers"]
     with tempfile.TemporaryDirectory() as name:
         prepare(folder := Path(name))
