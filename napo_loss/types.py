@@ -102,7 +102,7 @@ class MaskedLogps(NamedTuple):
         >>> chosen, rejected = torch.tensor([-10.0, torch.nan]), torch.tensor([-30.0, 0.0])
         >>> out = napo_loss(MaskedLogps(chosen, torch.tensor([True, False])), rejected, None, None)
         >>> out.losses, out.q
-        (tensor([0.1197, 0.0000]), tensor(0.9003))
+        (tensor([0.1199, 0.0000]), tensor(0.9003))
     """
 
     logps: Tensor | SequenceLogps
