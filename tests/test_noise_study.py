@@ -109,6 +109,16 @@ def test_no_run_is_planned_twice_under_two_names():
     assert {run.loss for run in runs} == set(LOSSES) | set(GROUPS)
 
 
+def test_the_page_says_what_the_map_shows(rows):
+    text = page.PAGE.read_text().partition("**A wider peak")[2].partition("##")[0]
+    swapped = findings.walked(findings.where(rows, task="pictures", noise="swapped", rate=0.3, learning_rate=plan.RATE))
+    for loss, name in (("DPO", "DPO is"), ("moment", "the moment estimate"), ("q = 1", "q = 1")):
+        _, found = findings.curve(findings.where(swapped, loss=loss, beta=3.0), "test")
+        low, high = min(e.mean for e in found), max(e.mean for e in found)
+        assert f"{name} at {100 * low:.0f} to {100 * high:.0f} %" in " ".join(text.split())
+    assert {row["seed"] for row in swapped} == set(range(plan.AXES_SEEDS))
+
+
 @pytest.mark.slow
 def test_quick_study_runs_and_goes_on(tmp_path):
     command = [sys.executable, "-m", "examples.noise_study", "--quick", "--out", tmp_path]
