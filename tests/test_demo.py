@@ -111,6 +111,12 @@ def test_differences_are_paired_by_seed(found):
         assert found.difference("overall", rate, arm).mean == pytest.approx(by_hand)
 
 
+def test_the_estimate_tells_noisy_from_clean_in_every_seed(found):
+    for seed in found.seeds:
+        clean, noisy = ([x["rejected"] for x in seed["arms"]["moment q"][rate]["q"]] for rate in ("0", "0.3"))
+        assert all(high > low for high, low in zip(noisy, clean, strict=True))
+
+
 @pytest.mark.parametrize(
     "text",
     [PAGE.partition("## What it shows")[2], (ROOT / "README.md").read_text().partition("`make demo`,")[2]],
