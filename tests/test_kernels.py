@@ -13,6 +13,7 @@ from apart import apart
 from draws import examples
 from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, reference, sequence_logps
 from napo_loss.kernels.launch import BLOCK_BYTES, logits_launch, on_device
+from napo_loss.kernels.logps_backward import _rows_start_alike
 from napo_loss.logps import ops as logps_ops
 from napo_loss.logps.calls import LogitsCall
 from napo_loss.objective import loss as objective
@@ -147,6 +148,18 @@ def test_fused_objective_reads_strided_arguments(monkeypatch):
     torch.testing.assert_close(outs[1].losses, outs[0].losses)
     with pytest.raises(ValueError, match=r"the moments of the step before, \[2, 3\], got shape \[2, 3, 4\]"):
         napo_loss(*args, recipe=Recipe(Negative(), decay=0.5), previous_moments=torch.rand(2, 3, 4))
+
+
+def test_rows_are_written_wide_only_where_they_start_alike():
+    """What compiled code takes for granted and the interpreter does not see: 16 bytes at a boundary in both tensors."""
+    starts = (1, 40, 8, 1)  # from a boundary, then strides
+    assert _rows_start_alike(starts, starts, 8)
+    assert _rows_start_alike(starts, (9, 48, 16, 1), 8)
+    for i in range(4):
+        other = tuple(x + (i == k) for k, x in enumerate(starts))
+        assert not _rows_start_alike(starts, other, 8)
+        assert not _rows_start_alike(other, starts, 8)
+    assert not _rows_start_alike((0, 8, 8, 2), (0, 8, 8, 2), 8)
 
 
 def test_kernels_are_launched_where_their_tensors_are(monkeypatch):

@@ -239,6 +239,19 @@ def test_inputs_are_not_touched_unless_asked(backend):
     assert all(torch.equal(a, b) for a, b in zip(before, (logits, labels, weights), strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_inplace_backward_writes_over_the_logits(backend, packed, inplace):
+    logits, labels, _, _ = example(5, 2, 4, 9, masked=0.2)
+    given = {"cu_seqlens": torch.tensor([0, 3, 8])} if packed else {}
+    leaf, labels = (logits.flatten(0, 1), labels.flatten()) if packed else (logits, labels)
+    x = leaf.requires_grad_() * 1
+    sequence_logps(x, labels, inplace_backward=inplace, backend=backend, **given).sum.sum().backward()
+    assert torch.equal(x, leaf.grad if inplace else leaf)
+    assert leaf.grad.abs().sum() > 0
+
+
 def test_inplace_backward_cannot_be_run_twice():
     logits, labels, _, _ = example(8, 2, 3, 11)
     leaf = logits.clone().requires_grad_()

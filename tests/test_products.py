@@ -110,3 +110,10 @@ def test_columns_are_cut_between_tiles(A):
     for kept in (True, False):
         columns = memory.columns_at_a_time(h, 128256, 512 * 2**20, kept=kept)
         assert columns % gemm.TILE == 0
+
+
+@pytest.mark.parametrize(("dtype", "columns"), [(torch.float32, 1000), (torch.float64, 1000), (torch.bfloat16, 256)])
+def test_what_is_kept_needs_blocks_only_where_results_are_rounded(dtype, columns):
+    """On a CPU, half precision: float32 results of as many columns as the memory has room for wait to be rounded."""
+    h = torch.empty(10, 64, dtype=dtype)
+    assert memory.columns_at_a_time(h, 1000, 4 * 64 * 256, kept=True) == columns

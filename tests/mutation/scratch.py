@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,8 @@ HEAVY = (
     "torch.library", "accelerate", "datasets", "peft", "tokenizers", "transformers.models.llama.modeling_llama",
     "transformers.models.llava.modeling_llava", "trl.trainer.dpo_trainer",
 )  # fmt: skip
+MEMORY = 12 * 2**30
+"""Bytes of addresses that a process may have: some mutants ask for all there is, and the system would end others."""
 LOOK = 5.0
 """Seconds between two looks at what a child has used."""
 
@@ -71,6 +74,7 @@ class Scratch:
         code = 70
         try:
             os.setpgrp()  # not a session: the system may share its cores by sessions
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
             out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1)
             os.dup2(out, 2)
