@@ -42,7 +42,7 @@ class Expected:
 
     def allowed(self) -> Tensor:
         error = (self.plain.double() - self.exact).abs().nan_to_num(0, 0, 0)
-        if error.dim() > 1:
+        if error.dim() > 1 and error.numel():
             error = error.amax(-1, keepdim=True)
         out = torch.finfo(self.dtype)
         rounding = out.eps * self.exact.abs() + max(out.smallest_normal * out.eps, 1e-37 if out.bits < 64 else 1e-300)
