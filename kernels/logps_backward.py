@@ -91,7 +91,8 @@ def logps_backward_kernel(
 
     w = tl.load(grad_sum_ptr + n * grad_sum_stride).to(tl.float32)
     if HAS_WEIGHTS:
-        w *= tl.load(weights_ptr + n * weights_stride_n + label_t * weights_stride_t).to(tl.float32)
+        weight = tl.load(weights_ptr + n * weights_stride_n + label_t * weights_stride_t).to(tl.float32)
+        w = tl.where(weight == 0, 0.0, w * weight)  # does not count, whatever the loss makes of the sequence
     peak = tl.load(normalizer_ptr + row)
     log2_total = tl.load(normalizer_ptr + tl.num_programs(0) + row) * LOG2E
     at = label - before

@@ -21,7 +21,7 @@ from napo_loss.objective import estimators
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors are on the CPU, kernels interpreted")
 FEW = 40
-MANY = 260
+MANY = 210
 
 
 def runs(seeds: range, functions: tuple[str, ...], runner: Runner) -> None:

@@ -163,5 +163,8 @@ def test_a_token_of_weight_zero_does_not_count_though_it_is_excluded(backend, pa
     else:
         out = sequence_logps(logits[None], labels[None], token_weights=weights[None], **given)
     assert out.sum.item() == pytest.approx(-torch.tensor(4.0).log().item())
-    out.sum.sum().backward()
+    out.sum.sum().backward(retain_graph=True)
     assert logits.grad.isfinite().all()
+    (grad,) = torch.autograd.grad(out.sum * torch.nan, logits, torch.ones(1))  # nor where the loss is NaN
+    assert torch.equal(grad[0], torch.zeros(4))
+    assert grad[1].isnan().all()

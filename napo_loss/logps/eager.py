@@ -90,7 +90,8 @@ def logps_backward(
     ignore_index: int,
 ) -> None:
     """Writes ``dlogits`` (every element), which may be ``logits`` itself."""
-    w = grad_sum[:, None] * _aligned_weights(labels, token_weights, shift, ignore_index, grad_sum.dtype)
+    w = _aligned_weights(labels, token_weights, shift, ignore_index, grad_sum.dtype)
+    w = grad_sum[:, None] * w if token_weights is None else weighted(w, grad_sum[:, None])
     active = ActiveRows.of(logits, labels, shift, ignore_index)
     weights = w[active.n, active.t, None]
     hits = weights.where(active.inside, 0)

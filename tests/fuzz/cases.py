@@ -105,9 +105,10 @@ def _settle_positions(o: dict[str, Any], function: str) -> None:
 
 
 def _settle_autocast(o: dict[str, Any]) -> None:
-    """PyTorch stacks no bfloat16 tensors under an autocast to float16."""
-    if o["autocast"] == "float16" and "bfloat16" in (o["dtype"], o.get("reference_dtype")):
-        o["autocast"] = "bfloat16"
+    """Under an autocast PyTorch stacks no tensors of the other half precision."""
+    halves = {o["dtype"], o.get("reference_dtype")} & {"bfloat16", "float16"}
+    if o["call"] == "autocast" and halves - {o["autocast"]}:
+        o["autocast"], o["call"] = (halves.pop(), "autocast") if len(halves) == 1 else (o["autocast"], "plain")
 
 
 def _settle_moments(o: dict[str, Any], function: str) -> None:

@@ -172,7 +172,9 @@ def spreads(p: Positions, exact: Evaluated, u: Tensor) -> dict[str, Tensor]:
         logs = exact.z.log_softmax(-1)
         prob, logs = logs.exp().nan_to_num(0, 0, 0), logs.nan_to_num(0, 0, 0)
         raw = raw_spread(p)  # [A, V]
-        most = 2 * raw.amax(1)
+        # A kernel's tanh, made of exponentials, is right to a rounding of 1, not of itself.
+        capped = o["softcap"] if o.get("softcap") and o["backend"] == "triton" else 0.0
+        most = 2 * (raw.amax(1) + capped)
         token = logs.gather(1, p.labels[:, None])[:, 0].abs() + torch.tensor(float(V)).log() + 1 + most
         zeros = torch.zeros(p.N, dtype=torch.float64)
         found = {"sum": zeros.index_add(0, p.member, weight.abs() * token)}
@@ -192,7 +194,7 @@ def spreads(p: Positions, exact: Evaluated, u: Tensor) -> dict[str, Tensor]:
         if o.get("statistics"):
             entropy = exact.out["entropy"].nan_to_num(0)
             found["entropy"] = (1 + entropy + torch.tensor(float(V)).log()) * (1 + most)
-            found["mean_logits"] = z.abs().mean(1) + raw.mean(1) + (z.amax(1) if V else 0)
+            found["mean_logits"] = z.abs().mean(1) + raw.mean(1) + capped
             found["lead"] = most
     return found
 
