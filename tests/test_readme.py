@@ -86,7 +86,7 @@ TRAINERS = {
     "OpenRLHF": lambda n: n["trainer"].loss_fn(*n["logps"])[0].shape == (),
     "torchtune": lambda n: isinstance(n["component"]()(*n["logps"]).losses, torch.Tensor),
     "Lightning, accelerate, your loop": lambda n: n["loss"].shape == (),
-    "NeMo-RL": lambda n: n["_"].losses.shape == (1,),
+    "NeMo-RL": lambda n: (n["_"].losses == 0).tolist() == [False, True],
     "muffin, the paper's": lambda n: n["dpo_loss"](*n["logps"], beta=0.1)[0].shape == (2,),
 }
 
@@ -99,7 +99,7 @@ def test_the_line_for_a_trainer_does_what_it_says(name):
     namespace = run(next(block for block in blocks(README) if "def dpo_loss" in block))
     namespace |= vars(importlib.import_module("napo_loss"))
     two = torch.tensor([-10.0, -12.0])
-    namespace |= {"logps": [two] * 4, "chosen": two, "rejected": two, "keep": torch.tensor([True, False])}
+    namespace |= {"logps": [two] * 4, "chosen": two, "rejected": two, "counts": torch.tensor([True, False])}
     namespace |= {"group": None, "trainer": SimpleNamespace(), "page": read("docs/trainers.md")}
     namespace |= {"CustomDPOTrainer": type("T", (), {}), "TrainerFactory": SimpleNamespace(TRAINER_MAPPING={})}
     if name == "torchtune":
