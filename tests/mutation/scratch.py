@@ -79,8 +79,8 @@ class Scratch:
             os.dup2(out, 1)
             os.dup2(out, 2)
             os.chdir(self.root)
-            here = str(ROOT)
-            sys.path[:] = [str(self.root), *(path for path in sys.path if path and not path.startswith(here))]
+            others = [x for x in sys.path if x and (x.startswith(sys.prefix) or not x.startswith(str(ROOT)))]
+            sys.path[:] = [str(self.root), *others]  # .venv may lie in the checkout
             sys.modules["__main__"] = ModuleType("__main__")  # what processes that a test spawns would import first
             sys.path_importer_cache.clear()
             importlib.invalidate_caches()
