@@ -11,7 +11,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from apart import apart
 from napo_loss import LowRank, SequenceLogps, linear_sequence_logps, napo_loss, sequence_logps
-from napo_loss.logps import gemm, memory
+from napo_loss.logps import gemm, linear_ops, memory
+from napo_loss.logps.calls import LinearCall
+from napo_loss.logps.records import Head, Saved
 
 # PyTorch's own, of its forward-mode formulas.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -272,3 +274,14 @@ def test_shapes_of_fake_tensors(symbols, max_active):
         assert logps.sum.shape == (N,)
         assert hidden.grad.shape == (N, T, D)
         assert weight.grad.shape == (V, D)
+
+
+def test_a_bound_is_the_size_of_what_is_saved():
+    """Of fake tensors, too, which without it know of no size but that of all positions."""
+    with FakeTensorMode() as mode:
+        hidden, weight = (mode.from_tensor(torch.zeros(shape)) for shape in ((2, 6, 4), (9, 4)))
+        head = Head.of(weight, None, logit_scale=None, softcap=None)
+        for bound, size in ((5, 5), (0, 12)):
+            call = LinearCall.of(hidden, head, mode.from_tensor(torch.zeros(2, 6).long()), max_active=bound)
+            _, _, *saved = linear_ops.linear_logps(**call.to_schema())
+            assert Saved(*saved).rows.shape == (size,)

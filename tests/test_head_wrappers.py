@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import tiny
 from draws import quick
 from napo_loss import fused_head, sequence_logps
+from napo_loss.hf.wrappers import caller
 
 IDS = torch.randint(4, 20, (3, 9), generator=torch.Generator().manual_seed(0))
 LABELS = IDS.clone()
@@ -211,3 +212,24 @@ def test_a_sequence_that_counts_nothing_and_one_of_a_single_token():
         logps.sum.sum().backward()
         one = model(input_ids=IDS[:, :1], labels=IDS[:, :1])
     assert one.sum.tolist() == [0, 0, 0]
+
+
+def test_hooks_sit_on_the_outermost_whose_call_is_the_models():
+    """Through what spreads a model, not into what compiles it, nor into PEFT, which passes hooks further in by."""
+
+    class Spreads(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    class Adapts(torch.nn.Module):
+        def get_base_model(self):
+            return torch.nn.Identity()
+
+    plain, adapted = torch.nn.Linear(1, 1), Adapts()
+    compiled = torch.compile(plain, backend="eager")
+    for model, outermost in (
+        (plain, plain), (compiled, compiled), (adapted, adapted), (Spreads(plain), plain),
+        (Spreads(Spreads(plain)), plain), (Spreads(compiled), compiled), (Spreads(adapted), adapted),
+    ):  # fmt: skip
+        assert caller(model) is outermost

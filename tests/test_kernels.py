@@ -1,6 +1,7 @@
 """The kernels as kernels: the fused objective against the plain one, guard bands, launch choices, compiled code."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import napo_loss as napo_loss_package
 import processes
 from apart import apart
 from draws import examples
@@ -148,6 +150,12 @@ def test_fused_objective_reads_strided_arguments(monkeypatch):
     torch.testing.assert_close(outs[1].losses, outs[0].losses)
     with pytest.raises(ValueError, match=r"the moments of the step before, \[2, 3\], got shape \[2, 3, 4\]"):
         napo_loss(*args, recipe=Recipe(Negative(), decay=0.5), previous_moments=torch.rand(2, 3, 4))
+
+
+def test_a_second_folder_is_searched_only_where_the_link_is_missing():
+    """What lies beside the package, tests and benchmarks, is no part of it."""
+    folders = [Path(x) for x in napo_loss_package.__path__]
+    assert len(folders) == (1 if (folders[0] / "kernels").is_dir() else 2)
 
 
 def test_rows_are_written_wide_only_where_they_start_alike():
