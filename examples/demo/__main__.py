@@ -1,4 +1,4 @@
-"""Does noise-aware preference optimization loosen modality bias? A real VLM, real pictures, five minutes on two cores.
+"""Does noise-aware preference optimization loosen modality bias? A real VLM and real pictures, in minutes on two cores.
 
 python -m examples.demo             # the table, and runs/demo: demo.json, demo.md and demo.png
 python -m examples.demo --quick     # the same on a toy scale, in seconds: the numbers mean nothing
@@ -18,9 +18,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m examples.demo"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the table, figure and numbers")
-    parser.add_argument("--seeds", type=int, default=4, help="number of seeds; each has its own model and pairs")
+    parser.add_argument("--seeds", type=int, default=2, help="number of seeds; each has its own model and pairs")
     parser.add_argument("--quick", action="store_true", help="a smoke run: everything small, the numbers mean nothing")
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="seeds run side by side")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="seeds run side by side")
     args = parser.parse_args()
     if args.seeds < 1 or args.workers < 1:
         parser.error("--seeds and --workers must be at least 1")

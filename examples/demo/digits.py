@@ -81,10 +81,10 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def picture(three: Digits | None) -> Image.Image:
+def picture(digits: tuple[int, ...] | None) -> Image.Image:
     """Three digits in three quarters of it: each is a patch of the vision tower."""
     canvas = Image.new("RGB", (SIZE, SIZE))
-    for i, scan in enumerate(three or ()):
+    for i, scan in enumerate(digits or ()):
         digit = Image.fromarray(scans()[0][scan]).resize((PATCH, PATCH)).convert("RGB")
         canvas.paste(digit, (i % 2 * PATCH, i // 2 * PATCH))
     return canvas
@@ -224,9 +224,18 @@ def templated(row: dict) -> dict[str, str]:
     return {"prompt": prompt} | {name: text.removeprefix(prompt) for name, text in whole.items()}
 
 
-@cache
 def pixels(three: Digits | None) -> Tensor:
-    return processor().image_processor([picture(three)], return_tensors="pt")["pixel_values"][0]
+    """What the processor makes of the picture, from parts processed once: it treats every pixel alike."""
+    whole = processed(None).clone()
+    for i, scan in enumerate(three or ()):
+        y, x = i // 2 * PATCH, i % 2 * PATCH
+        whole[:, y : y + PATCH, x : x + PATCH] = processed((scan,))[:, :PATCH, :PATCH]
+    return whole
+
+
+@cache
+def processed(digits: tuple[int, ...] | None) -> Tensor:
+    return processor().image_processor([picture(digits)], return_tensors="pt")["pixel_values"][0]
 
 
 @cache
@@ -236,11 +245,16 @@ def prompt_ids(question: str) -> list[int]:
     return processor().tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+@cache
+def answer_ids(text: str) -> list[int]:
+    tokenizer = processor().tokenizer
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
 def collate(examples: Sequence[Example], with_answer: bool) -> dict[str, Tensor]:
     """What the processor would give, from images and prompts processed once: evaluation runs often."""
     tokenizer = processor().tokenizer
-    ends = [[*tokenizer(x.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for x in examples]
-    rows = [prompt_ids(x.question) + end * with_answer for x, end in zip(examples, ends, strict=True)]
+    rows = [prompt_ids(x.question) + answer_ids(x.text) * with_answer for x in examples]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
     return {**batch, "pixel_values": torch.stack([pixels(x.scans) for x in examples])}
 
