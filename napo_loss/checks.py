@@ -158,17 +158,16 @@ def check_head(
             )
     if hidden.dtype not in LOGITS_DTYPES:
         raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
-    if autocasts(hidden):
-        return
-    if weight.dtype != hidden.dtype:
+    if weight.dtype != hidden.dtype and not (autocasts(hidden) and autocasts(weight)):
         raise TypeError(
-            f"weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}; outside autocast nothing is cast"
+            f"weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}; outside autocast nothing is cast, and "
+            "float64 never"
         )
 
 
 def autocasts(x: Tensor) -> bool:
-    """Meta tensors are of a device that autocast does not know."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    """Whether a linear layer would cast it: not float64; meta tensors are of a device that autocast does not know."""
+    return x.dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def check_backend(backend: str, name: str, x: Tensor) -> None:

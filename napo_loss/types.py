@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from napo_loss.backend import transformed
+from napo_loss.backend import transformed, upcast
 from napo_loss.trees import Record, SharesGroup
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _join(first: Tensor, second: Tensor) -> Tensor:
         and first.dtype == second.dtype
     ):
         return first.as_strided((first.numel() + second.numel(),), (1,))
-    return torch.cat([first.flatten(), second.flatten()])
+    return torch.cat([upcast(first).flatten(), upcast(second).flatten()]).to(first.dtype)
 
 
 @dataclasses.dataclass(eq=False)

@@ -12,6 +12,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from interrupted import assert_equal, global_state
 from napo_loss import (
     LowRank,
+    Moments,
     Negative,
     Recipe,
     SequenceLogps,
@@ -264,6 +265,28 @@ def test_nan_in_one_sequence_stays_there(way):
     assert sums[1][0][2].isnan()
     for a, b in zip(sums[1], sums[0], strict=True):
         assert torch.equal(a[others], b[others])
+
+
+HALVES = [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize(("dtype", "cast_to"), HALVES)
+def test_half_precision_under_an_autocast_to_the_other(dtype, cast_to):
+    """PyTorch stacks nothing there: neither negatives by name, nor lengths, moments, or the gradients of pairs."""
+    x = torch.tensor([-10.0, -12.0, -30.0, -9.0], dtype=dtype, requires_grad=True)
+    length = torch.tensor([3.0, 4.0, 5.0, 6.0], dtype=dtype)
+    moments = torch.tensor([3.0, 20.0], dtype=dtype)
+    recipe = Recipe(Negative(margin="mean"), decay=0.5)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", cast_to, enabled=enabled):
+            chosen, rejected = SequenceLogps(x, length).pairs()
+            named = {"rejected": rejected, "image_only": rejected}
+            previous = Moments(*(m.expand(2) for m in moments))
+            out = napo_loss(chosen, named, None, None, recipe=recipe, previous_moments=previous)
+            found.append([out.losses, out.q, out.weights, *torch.autograd.grad(out.losses.sum(), x)])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_nan_reaches_the_batch_through_q_and_dynamic_weights_alone():

@@ -108,6 +108,17 @@ def test_other_adapters_on_the_head_are_refused_even_where_they_begin_as_the_ide
     assert hasattr(model(input_ids=IDS), "logits")
 
 
+def test_adapters_of_the_half_precision_that_autocast_does_not_cast_to():
+    config = LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)
+    model = get_peft_model(tiny.llama().half(), config, autocast_adapter_dtype=False).eval()
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=IDS).logits
+        with fused_head(model):
+            ours = model(input_ids=IDS, labels=LABELS)
+    torch.testing.assert_close(ours.sum, sequence_logps(logits, LABELS).sum, rtol=0.01, atol=0.1)
+
+
 class Quantised(torch.nn.Linear):
     """What quantisation libraries put in place of a linear layer."""
 

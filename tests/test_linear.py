@@ -230,6 +230,19 @@ def test_autocast_casts_what_a_linear_layer_would(dtype):
     assert ours[2]["hidden"].dtype == dtype
 
 
+def test_autocast_leaves_float64_alone():
+    """So does a linear layer, which refuses it beside another dtype."""
+    tensors, labels, _, upstream = example(9, D=16, dtype=torch.float64)
+    expected = run(linear_sequence_logps, tensors, labels, upstream, low_rank=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = run(linear_sequence_logps, tensors, labels, upstream, low_rank=True)
+        for name in ("hidden", "weight"):
+            with pytest.raises(TypeError, match="weight must have hidden's dtype"):
+                run(linear_sequence_logps, tensors | {name: tensors[name].float()}, labels, upstream)
+    assert torch.equal(ours[0], expected[0])
+    assert all(torch.equal(ours[2][name], grad) for name, grad in expected[2].items())
+
+
 def test_half_precision_products_keep_float32():
     """bf16-rounded logits would cost about 0.01 nat per token here; ours cost the rounding of the inputs only."""
     tensors, labels, _, upstream = example(10, 2, 50, 64, 500, dtype=torch.bfloat16, masked=0.0)

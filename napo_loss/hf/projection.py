@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from napo_loss.backend import upcast
 from napo_loss.checks import LOGITS_DTYPES, is_dtensor
 from napo_loss.types import LowRank
 
@@ -62,8 +63,8 @@ class Projection(NamedTuple):
                     f"fused_head cannot drop inputs of LoRA on the head: set lora_dropout of adapter {name!r} to 0, or "
                     "leave the head out of target_modules"
                 )
-        lora_A = torch.cat([layer.lora_A[name].weight for name in active])  # [r, D]
-        lora_B = torch.cat([layer.scaling[name] * layer.lora_B[name].weight for name in active], dim=1)  # [V, r]
+        lora_A = torch.cat([upcast(layer.lora_A[name].weight) for name in active])  # [r, D]
+        lora_B = torch.cat([layer.scaling[name] * upcast(layer.lora_B[name].weight) for name in active], 1)  # [V, r]
         bias = base.bias
         for name in active:
             if layer.lora_B[name].bias is not None:  # lora_bias=True

@@ -51,7 +51,7 @@ def linear_sequence_logps(
 
     Args:
         hidden: ``[N, T, D]``, float32, bfloat16, float16 or float64: the backbone's last hidden state, any strides.
-        weight: ``[V, D]`` in hidden's dtype (under autocast both are cast), or a :class:`napo_loss.LowRank`: a head
+        weight: ``[V, D]`` in hidden's dtype (under autocast both are cast, but no float64), or a :class:`napo_loss.LowRank`: a head
             with LoRA factors. Where the vocabulary is split over ranks: a DTensor with ``Shard(0)`` beside a DTensor
             ``hidden`` (replicated, or split along the same dimension: it is gathered), or a
             :class:`napo_loss.VocabShard` of this rank's rows, with the same ``hidden`` on every rank.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from napo_loss.backend import upcast
 from napo_loss.checks import check_like, check_place, check_positive, check_tensor
 
 
@@ -126,7 +127,9 @@ def check_mean(q_from: str, decay: float, where: str = "") -> None:
 def checked_previous(name: str, previous: object, shape: torch.Size) -> Tensor:
     """The moments of the step before, of as many negatives: one tensor, whether they came so or as two."""
     if isinstance(previous, tuple):
-        previous = torch.stack(previous)
+        for x in previous:
+            check_tensor(name, x)
+        previous = torch.stack([upcast(x) for x in previous])
     if not isinstance(previous, Tensor):
         raise TypeError(f"{name} must be the moments of the step before, got {type(previous).__name__}")
     if previous.shape != shape:

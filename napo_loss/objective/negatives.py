@@ -182,9 +182,9 @@ def _stack(name: str, logps: Logps | Mapping[str, Logps]) -> _Given:
     shapes = {key: list(x.sum.shape) for key, x in zip(logps, given, strict=True)}
     if len({tuple(shape) for shape in shapes.values()}) > 1 or len(next(iter(shapes.values()))) != 1:
         raise ValueError(f"every negative in {name} must have shape [B], got {shapes}")
-    lengths = [x.length for x in given if x.length is not None]
+    lengths = [upcast(x.length) for x in given if x.length is not None]
     return _Given(
-        torch.stack([x.sum for x in given]), torch.stack(lengths) if len(lengths) == len(given) else None,
+        torch.stack([upcast(x.sum) for x in given]), torch.stack(lengths) if len(lengths) == len(given) else None,
         _stack_masks(name, dict(zip(logps, given, strict=True))),
     )  # fmt: skip
 

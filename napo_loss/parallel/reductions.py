@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from napo_loss.backend import upcast
 from napo_loss.checks import check_group, check_tensor
 from napo_loss.types import SequenceLogps
 
@@ -56,7 +57,7 @@ def all_reduce_logps(logps: SequenceLogps, process_group: ProcessGroup | None) -
     check_group("process_group", process_group)
     if process_group is None:
         return logps
-    sums, lengths = _AllReduce.apply(torch.stack([logps.sum, logps.length.detach()]), process_group)
+    sums, lengths = _AllReduce.apply(torch.stack([upcast(logps.sum), upcast(logps.length.detach())]), process_group)
     return SequenceLogps(sums, lengths.detach(), logps.tokens, logps.aux_loss)
 
 

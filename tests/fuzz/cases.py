@@ -63,8 +63,6 @@ def settled(case: Case) -> Case:
         return replace(case, options=o)
     if "backend" in o:
         _settle_positions(o, function)
-    if "B" in o:
-        _settle_autocast(o)
     if "q_from" in o:
         _settle_moments(o, function)
     if "recipe" in o:
@@ -102,13 +100,6 @@ def _settle_positions(o: dict[str, Any], function: str) -> None:
             o |= {"bias": True, "softcap": None, "logit_scale": None, "lora": None}
     elif o["inplace"] and o["logits_layout"] == "expanded":
         o["inplace"] = False
-
-
-def _settle_autocast(o: dict[str, Any]) -> None:
-    """Under an autocast PyTorch stacks no tensors of the other half precision."""
-    halves = {o["dtype"], o.get("reference_dtype")} & {"bfloat16", "float16"}
-    if o["call"] == "autocast" and halves - {o["autocast"]}:
-        o["autocast"], o["call"] = (halves.pop(), "autocast") if len(halves) == 1 else (o["autocast"], "plain")
 
 
 def _settle_moments(o: dict[str, Any], function: str) -> None:

@@ -53,10 +53,11 @@ class Positions:
 
     @property
     def computed(self) -> torch.dtype:
-        """The dtype in which factors are multiplied: under autocast its own."""
-        if self.o["call"] == "autocast" and "hidden" in self.tensors:
+        """The dtype in which factors are multiplied: under autocast its own, but for float64."""
+        given = self.tensors["hidden" if "hidden" in self.tensors else "logits"].dtype
+        if self.o["call"] == "autocast" and "hidden" in self.tensors and given != torch.float64:
             return getattr(torch, self.o["autocast"])
-        return self.tensors["hidden" if "hidden" in self.tensors else "logits"].dtype
+        return given
 
     @property
     def work(self) -> torch.dtype:
