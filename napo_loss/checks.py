@@ -160,8 +160,8 @@ def check_head(
         raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
     if weight.dtype != hidden.dtype and not (autocasts(hidden) and autocasts(weight)):
         raise TypeError(
-            f"weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}; outside autocast nothing is cast, and "
-            "float64 never"
+            f"weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}; outside autocast nothing is cast, "
+            "and float64 never"
         )
 
 

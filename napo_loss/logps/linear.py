@@ -51,10 +51,10 @@ def linear_sequence_logps(
 
     Args:
         hidden: ``[N, T, D]``, float32, bfloat16, float16 or float64: the backbone's last hidden state, any strides.
-        weight: ``[V, D]`` in hidden's dtype (under autocast both are cast, but no float64), or a :class:`napo_loss.LowRank`: a head
-            with LoRA factors. Where the vocabulary is split over ranks: a DTensor with ``Shard(0)`` beside a DTensor
-            ``hidden`` (replicated, or split along the same dimension: it is gathered), or a
-            :class:`napo_loss.VocabShard` of this rank's rows, with the same ``hidden`` on every rank.
+        weight: ``[V, D]`` in hidden's dtype (under autocast both are cast, but no float64), or a
+            :class:`napo_loss.LowRank`: a head with LoRA factors. Where the vocabulary is split over ranks: a DTensor
+            with ``Shard(0)`` beside a DTensor ``hidden`` (replicated, or split along the same dimension: it is
+            gathered), or a :class:`napo_loss.VocabShard` of this rank's rows, with the same ``hidden`` on every rank.
         labels: ``[N, T]``, int64 or int32, unshifted, ``ignore_index`` where a token does not count.
         bias: ``[V]``; split like ``weight``.
         softcap: Gemma's ``final_logit_softcapping``.
