@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +21,10 @@ from napo_loss.logps import eager, factored, linear, logits
 from napo_loss.logps.records import Head
 from napo_loss.objective import eager as objective
 from napo_loss.objective import estimators
+from napo_loss.objective.negatives import BatchLogps
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors are on the CPU, kernels interpreted")
+ROOT = Path(__file__).parent.parent
 FEW = 40
 MANY = 210
 
@@ -45,6 +50,15 @@ def test_cases_of_several_ranks_are_right(ranks):
         for seed in range(4):
             case = drawn(seed, function)
             assert Runner(ranks).wrong(case) is None, case
+
+
+@pytest.mark.slow
+def test_the_command_runs_in_processes(tmp_path):
+    page = tmp_path / "fuzz.md"
+    options = ["--cases", "30", "--seed", "50", "--alone", "--jobs", "2", "--report", page]
+    run = subprocess.run([sys.executable, "-m", "tests.fuzz", *options], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "0 wrong" in page.read_text()
 
 
 def test_a_seed_is_a_case_and_every_value_is_drawn():
@@ -197,6 +211,14 @@ def a_kernel_without_the_last_column(monkeypatch):
     monkeypatch.setattr(kernel, "logps_forward", shortened)
 
 
+def padding_in_the_mean(monkeypatch):
+    monkeypatch.setattr(BatchLogps, "count", property(lambda self: self.policy_rejected.shape[-1]))
+
+
+def losses_of_padding(monkeypatch):
+    monkeypatch.setattr(objective, "where", lambda mask, margins: margins)
+
+
 EAGER = {"backend": "eager", "fused": False, "call": "plain"}
 FAULTS: dict[Callable, tuple[str, dict]] = {
     ignored_stride: ("sequence_logps", EAGER),
@@ -215,6 +237,8 @@ FAULTS: dict[Callable, tuple[str, dict]] = {
     entropy_in_bits: ("linear_sequence_logps", EAGER),
     losses_in_half_precision: ("napo_loss", EAGER),
     the_paper_without_beta: ("napo_loss", {**EAGER, "estimator": "paper"}),
+    padding_in_the_mean: ("napo_loss", {**EAGER, "pair_mask": "some"}),
+    losses_of_padding: ("napo_loss", {**EAGER, "pair_mask": "some"}),
     a_kernel_without_the_last_column: ("sequence_logps", {"backend": "triton", "call": "plain", "V": 5, "T": 2}),
 }
 """What is broken, in which function it shows, and what of its cases is held."""

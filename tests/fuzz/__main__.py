@@ -19,8 +19,8 @@ if __name__ == "__main__":
 from .cases import Case, drawn
 from .compare import FEW
 from .report import Tally, written
-from .running import Failure, Runner
-from .spaces import GROUPS, SPACES
+from .running import Failure, Runner, batch, kept
+from .spaces import SPACES
 
 BATCH = 25
 """Cases that a process takes at a time."""
@@ -36,22 +36,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--replay", type=int, metavar="SEED", help="run one case, and make it simpler where it fails")
     parser.add_argument("--report", type=Path, help="write a page, such as docs/fuzz.md")
     return parser.parse_args()
-
-
-def batch(seeds: range, function: str | None, alone: bool) -> list[tuple[Case, Failure | None]]:
-    """In a process of its own, which keeps its runner, and the ranks of that, for the next batch."""
-    import torch
-
-    torch.set_num_threads(1)
-    runner = _kept()
-    cases = [drawn(seed, function) for seed in seeds]
-    return [(case, runner.failure(case)) for case in cases if not (alone and case.function in GROUPS)]
-
-
-def _kept(found: list[Runner] = []) -> Runner:  # noqa: B006  one for the process
-    if not found:
-        found.append(Runner())
-    return found[0]
 
 
 def batches(given: argparse.Namespace) -> Iterator[list[tuple[Case, Failure | None]]]:
@@ -97,7 +81,7 @@ def main() -> int:
         command = " ".join(["python -m tests.fuzz", *sys.argv[1:]])
         given.report.write_text(written(tally, command, FEW))
     if given.jobs == 1:
-        _kept().stop()
+        kept().stop()
     print(f"{tally.cases} cases, {len(tally.failures)} wrong")
     return 1 if tally.failures else 0
 

@@ -15,8 +15,9 @@ from .cases import Case
 from .compare import Expected, Untouched, check, exactly
 from .layouts import laid_out
 from .objective import modes
+from .pairs import GARBAGE, drawn_masks
 from .positions import compiled
-from .references import BOUNDS, moments_of, q_of, smoothed
+from .references import BOUNDS, moments_of, q_of, rows_of, smoothed
 
 INF = torch.inf
 
@@ -34,8 +35,16 @@ def margin_of(o: dict[str, Any], seed: int) -> Tensor:
         x[..., ::2] *= -1
     elif o["values"] in ("excluded_chosen", "excluded_rejected", "nan") and x.numel():
         x[..., 0] = {"excluded_chosen": -INF, "excluded_rejected": INF, "nan": torch.nan}[o["values"]]
-    x = laid_out(x.to(getattr(torch, o["dtype"])), o["margin_layout"]).detach()
-    return x.requires_grad_(o["trained"])
+    x = x.to(getattr(torch, o["dtype"]))
+    mask = mask_of(o, seed)
+    if mask is not None and o["masked_value"] in GARBAGE:
+        x[~mask.expand(x.shape)] = GARBAGE[o["masked_value"]]
+    return laid_out(x, o["margin_layout"]).detach().requires_grad_(o["trained"])
+
+
+def mask_of(o: dict[str, Any], seed: int) -> Tensor | None:
+    """Which margins count: ``[B]``, or of their shape."""
+    return next(iter(drawn_masks(o, seed).values()), None) if "pair_mask" in o else None
 
 
 def working(x: Tensor) -> torch.dtype:
@@ -73,18 +82,30 @@ def previous_of(o: dict[str, Any], margin: Tensor, seed: int) -> Tensor | None:
     return laid_out(x.to(working(margin)), o["previous_layout"])
 
 
-def formula_of_moments(o: dict[str, Any], rank: int = 0) -> Callable[..., dict[str, Tensor]]:
+Masks = list[Tensor | None]
+
+
+def raw(margins: tuple[Tensor, ...], o: dict[str, Any], rank: int, masks: Masks) -> tuple[Tensor, Tensor]:
+    """Moments of the margins that count, of all ranks or, of each pair, of one."""
+    parts = slice(rank, rank + 1) if o["q_from"] == "each_pair" else slice(None)
+    shaped = [rows_of(m.expand(x.shape)) for x, m in zip(margins, masks, strict=True) if m is not None]
+    if shaped and o["q_from"] == "each_pair":
+        shaped = [m.view(x.shape) for x, m in zip(margins, shaped, strict=True)]
+    return moments_of(list(margins[parts]), o["q_from"], shaped[parts] if shaped else None)
+
+
+def formula_of_moments(o: dict[str, Any], masks: Masks, rank: int = 0) -> Callable[..., dict[str, Tensor]]:
     def formula(before: Tensor | None, *margins: Tensor) -> dict[str, Tensor]:
-        found = moments_of([margins[rank]] if o["q_from"] == "each_pair" else list(margins), o["q_from"])
+        found = raw(margins, o, rank, masks)
         found = smoothed(torch.stack(found), before, o["decay"])
         return {"mean": found[0], "square": found[1]}
 
     return formula
 
 
-def formula_of_q(o: dict[str, Any], rank: int = 0) -> Callable[..., dict[str, Tensor]]:
+def formula_of_q(o: dict[str, Any], masks: Masks, rank: int = 0) -> Callable[..., dict[str, Tensor]]:
     def formula(*margins: Tensor) -> dict[str, Tensor]:
-        found = moments_of([margins[rank]] if o["q_from"] == "each_pair" else list(margins), o["q_from"])
+        found = raw(margins, o, rank, masks)
         alpha = 0.01 if o["alpha"] is None else o["alpha"]
         return {"q": q_of(*found, o["estimator"], alpha, o["bounds"] or BOUNDS[o["estimator"]])}
 
@@ -93,7 +114,7 @@ def formula_of_q(o: dict[str, Any], rank: int = 0) -> Callable[..., dict[str, Te
 
 def run_moments(case: Case) -> None:
     o = case.options
-    margin = margin_of(o, case.seed)
+    margin, mask = margin_of(o, case.seed), mask_of(o, case.seed)
     before = previous_of(o, margin, case.seed)
     tensors = {"margin": margin} | ({} if before is None else {"previous": before})
     untouched = Untouched(tensors)
@@ -102,27 +123,29 @@ def run_moments(case: Case) -> None:
         given: Any = x.get("previous")
         if given is not None and o["previous"] == "moments":
             given = Moments(*given)
-        return napo_loss.margin_moments(x["margin"], q_from=o["q_from"], previous=given, decay=o["decay"])
+        return napo_loss.margin_moments(
+            x["margin"], q_from=o["q_from"], previous=given, decay=o["decay"], pair_mask=mask
+        )
 
     with modes(o):
         found = (compiled(call) if o["call"] == "compile" else call)(tensors)
-    finish(found._asdict(), expected(formula_of_moments(o), [before, margin], working(margin)), untouched)
+    finish(found._asdict(), expected(formula_of_moments(o, [mask]), [before, margin], working(margin)), untouched)
 
 
 def run_noise(case: Case) -> None:
     o = case.options
-    margin = margin_of(o, case.seed)
+    margin, mask = margin_of(o, case.seed), mask_of(o, case.seed)
     untouched = Untouched({"margin": margin})
 
     def call(x: Tensor) -> Tensor:
-        given: Any = napo_loss.margin_moments(x) if o["from_moments"] else x
-        return napo_loss.noise_level(
-            given, estimator=o["estimator"], alpha=o["alpha"], bounds=o["bounds"], q_from=o["q_from"]
-        )
+        settings = {"estimator": o["estimator"], "alpha": o["alpha"], "bounds": o["bounds"], "q_from": o["q_from"]}
+        if o["from_moments"]:
+            return napo_loss.noise_level(napo_loss.margin_moments(x, pair_mask=mask), **settings)
+        return napo_loss.noise_level(x, **settings, pair_mask=mask)
 
     with modes(o):
         found = {"q": (compiled(call) if o["call"] == "compile" else call)(margin)}
-    finish(found, expected(formula_of_q(o), [margin], working(margin)), untouched)
+    finish(found, expected(formula_of_q(o, [mask]), [margin], working(margin)), untouched)
 
 
 def finish(found: dict[str, Tensor], right: dict[str, Expected], untouched: Untouched) -> None:

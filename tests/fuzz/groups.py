@@ -153,15 +153,19 @@ def moments(group: Any, case: Case) -> None:
     o, W, rank = case.options, group.size(), group.rank()
     cases = [of_rank(case, r, B) for r, B in enumerate(counts_of(o, W, case.seed))]
     margins = [estimates.margin_of(c.options, c.seed) for c in cases]
-    mine = margins[rank]
+    masks = [estimates.mask_of(c.options, c.seed) for c in cases]
+    mine, mask = margins[rank], masks[rank]
     before = estimates.previous_of(o, mine, case.seed)
     untouched = Untouched({"margin": mine})
     found = napo_loss.margin_moments(
-        mine, q_from=o["q_from"], process_group=group, previous=before, decay=o["decay"]
+        mine, q_from=o["q_from"], process_group=group, previous=before, decay=o["decay"], pair_mask=mask
     )._asdict()
-    right = estimates.expected(estimates.formula_of_moments(o, rank), [before, *margins], estimates.working(mine))
-    found["q"] = napo_loss.noise_level(
-        mine, estimator=o["estimator"], alpha=o["alpha"], bounds=o["bounds"], q_from=o["q_from"], process_group=group
+    right = estimates.expected(
+        estimates.formula_of_moments(o, masks, rank), [before, *margins], estimates.working(mine)
     )
-    right |= estimates.expected(estimates.formula_of_q(o, rank), margins, estimates.working(mine))
+    found["q"] = napo_loss.noise_level(
+        mine, estimator=o["estimator"], alpha=o["alpha"], bounds=o["bounds"], q_from=o["q_from"], process_group=group,
+        pair_mask=mask,
+    )  # fmt: skip
+    right |= estimates.expected(estimates.formula_of_q(o, masks, rank), margins, estimates.working(mine))
     estimates.finish(found, right, untouched)

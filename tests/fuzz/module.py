@@ -11,7 +11,7 @@ from napo_loss import NaPOLoss
 from . import pairs, references
 from .cases import Case
 from .compare import FEW, Expected, Untouched, exactly
-from .objective import Numbers, compare, expected_napo, fused, results
+from .objective import Numbers, compare, expected_napo, fused, mask_of, results
 from .pairs import Pairs
 from .positions import gradients, upstream
 
@@ -51,7 +51,8 @@ def taken(module: NaPOLoss, p: Pairs, s: references.Settings, step: int) -> tupl
     o, B = p.o, p.o["B"]
     mean = o["reduction"] == "mean"
     u = upstream(o["upstream"], () if mean else (B,), p.case.seed)
-    right = expected_napo([p], s, (u / B).expand(B) if mean else u)
+    count = counted(p, slice(None))
+    right = expected_napo([p], s, (u / count).expand(B) if mean else u)
     pieces = min(o["pieces"] or 1, B)
     edges = [round(i * B / pieces) for i in range(pieces + 1)]
     tensors, outs = {name: t for name, t in p.tensors.items() if name != "previous"}, []
@@ -67,12 +68,14 @@ def taken(module: NaPOLoss, p: Pairs, s: references.Settings, step: int) -> tupl
     for name in ("chosen_rewards", "rejected_rewards"):
         found[name] = torch.cat([results(out, o["K"])[name] for out in outs], -1)
     if mean:
-        parts = [out.losses * (b - a) / B for out, a, b in zip(outs, edges[:-1], edges[1:], strict=True)]
+        shares = [counted(p, slice(a, b)) / count for a, b in pairwise(edges)]
+        parts = [out.losses * share for out, share in zip(outs, shares, strict=True)]
         total = sum(parts, torch.tensor(0.0))
         e = right["losses"]
         right["losses"] = Expected(
-            e.exact.mean(), e.plain.mean(), torch.as_tensor(e.spread).abs().mean() * (1 + FEW), e.work, e.dtype
-        )
+            e.exact.sum() / count, e.plain.sum() / count, torch.as_tensor(e.spread).abs().sum() / count * (1 + FEW),
+            e.work, e.dtype,
+        )  # fmt: skip
         found["losses"] = total.to(outs[0].losses.dtype)
         exactly("dtype of the mean", outs[0].losses.dtype, p.work)
     else:
@@ -80,3 +83,11 @@ def taken(module: NaPOLoss, p: Pairs, s: references.Settings, step: int) -> tupl
         total = found["losses"]
     grads = gradients((total * u.to(total.dtype)).sum(), p.policy)
     return right, found | {f"gradient of {name}": t for name, t in grads.items()}
+
+
+def counted(p: Pairs, part: slice) -> int:
+    """How many chosen of this part count; at least 1, as a divisor."""
+    mask = mask_of(p.tensors)
+    if mask is None:
+        return len(p.tensors["policy_chosen"][part])
+    return max(1, int(torch.atleast_2d(mask).any(0)[part].sum()))

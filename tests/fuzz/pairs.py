@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 import napo_loss
-from napo_loss import Moments, Recipe, SequenceLogps
+from napo_loss import MaskedLogps, Moments, Recipe, SequenceLogps
 
 from .cases import Case
 from .layouts import laid_out
 from .references import Negative, Settings, paper_named
 
 NAMES = ("rejected", "question_only", "image_only")
+ROWS = ("policy_rejected", "reference_rejected", "rejected_length", "pair_mask")
+"""Tensors with a row for each negative."""
 INF = torch.inf
 
 
@@ -55,6 +57,31 @@ def spoil(x: dict[str, Tensor], kind: str) -> None:
         x["policy_rejected"][..., 0] = -INF
 
 
+def drawn_masks(o: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    """Which pairs count: of each chosen, of each negative, or both."""
+    if o["pair_mask"] is None:
+        return {}
+    g = torch.Generator().manual_seed(seed + 17)
+    share = {"all": 1.0, "some": 0.6, "none": 0.0}[o["pair_mask"]]
+    of_chosen, of_rejected = shapes(o)
+    masks = {"chosen_mask": torch.rand(of_chosen, generator=g) < share}
+    masks["pair_mask"] = torch.rand(of_rejected, generator=g) < share
+    return {name: x for name, x in masks.items() if o["mask_of"] in ("both", MASKED[name])}
+
+
+MASKED = {"chosen_mask": "chosen", "pair_mask": "rejected"}
+GARBAGE = {"nan": torch.nan, "inf": INF}
+
+
+def fill_masked(x: dict[str, Tensor], masks: dict[str, Tensor], kind: str) -> None:
+    """A pair that does not count may hold anything."""
+    for name, mask in masks.items():
+        for of in ("policy", "reference"):
+            t = x.get(f"{of}_{MASKED[name]}")
+            if t is not None and kind in GARBAGE:
+                t[~mask] = GARBAGE[kind]
+
+
 @dataclass
 class Pairs:
     """Arguments of the objective, laid out."""
@@ -80,7 +107,7 @@ class Pairs:
         found = {}
         for name, t in self.tensors.items():
             x = t.detach().clone(memory_format=torch.contiguous_format).to(dtype)
-            if self.o["K"] is None and name in ("policy_rejected", "reference_rejected", "rejected_length"):
+            if self.o["K"] is None and name in ROWS:
                 x = x[None]
             if self.o["K"] is None and name == "previous":
                 x = x[:, None]
@@ -107,7 +134,9 @@ def made(case: Case, policy: dict[str, Tensor] | None = None, lengths: dict[str,
         if o["lengths"] != "int":
             lengths = {name: x.to(dtype) for name, x in lengths.items()}
         lengths = {name: laid_out(x, o[f"{name}_layout"]) for name, x in lengths.items()}
-    tensors = dict(lengths or {})
+    masks = drawn_masks(o, case.seed) if policy is None else {}
+    fill_masked(sums, masks, o["masked_value"])
+    tensors = {**(lengths or {}), **masks}
     for name, x in sums.items():
         if policy is not None and name in policy:
             tensors[name] = policy[name]
@@ -202,8 +231,17 @@ def recipe(o: dict[str, Any]) -> Recipe | None:
 def arguments(p: Pairs, x: dict[str, Tensor] | None = None) -> tuple:
     """The four log-probs as the function takes them."""
     x = p.tensors if x is None else x
+    masks = {"policy_chosen": x.get("chosen_mask"), "policy_rejected": x.get("pair_mask")}
 
     def given(name: str, length: str) -> Any:
+        found, mask = unmasked(name, length), masks.get(name)
+        if mask is None:
+            return found
+        if isinstance(found, dict):
+            return {key: MaskedLogps(row, mask[k]) for k, (key, row) in enumerate(found.items())}
+        return MaskedLogps(found, mask)
+
+    def unmasked(name: str, length: str) -> Any:
         if name not in x:
             return None
         if p.o["named"] and "rejected" in name:

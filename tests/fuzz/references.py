@@ -109,10 +109,22 @@ def box_cox(x: Tensor, q: Tensor) -> Tensor:
     return torch.where(dpo, -log_p, value + (slope - slope.detach()))
 
 
-def moments_of(parts: list[Tensor], q_from: str) -> tuple[Tensor, Tensor]:
-    """Mean and mean square over the last dimension; of several ranks, of which some have nothing."""
+def rows_of(x: Tensor) -> Tensor:
+    """``[B]`` as ``[1, B]``."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def moments_of(parts: list[Tensor], q_from: str, masks: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and mean square over the last dimension, of the pairs that count; of several ranks, of which some have
+    nothing."""
     if q_from == "each_pair":
-        return parts[0], parts[0] ** 2
+        x = parts[0] if masks is None else torch.where(masks[0] != 0, parts[0], 0.0)
+        return x, x**2
+    if masks is not None:
+        counted = [zip(rows_of(x), m != 0, strict=True) for x, m in zip(parts, masks, strict=True)]
+        rows = [moments_of([x[m] for x, m in row], q_from) for row in zip(*counted, strict=True)]
+        mean, square = (torch.stack(row).view(parts[0].shape[:-1]) for row in zip(*rows, strict=True))
+        return mean, square
     given = [x for x in parts if x.shape[-1]]
     if not given:
         zero = parts[0].new_zeros(parts[0].shape[:-1])
@@ -140,6 +152,20 @@ def q_of(mean: Tensor, square: Tensor, estimator: str, alpha: Any, bounds: tuple
     return q.clamp(*bounds)
 
 
+def only_counted(x: dict[str, Tensor]) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Which pairs count, ``[K, B]``, and the tensors with zeros, of length 1, for those that do not."""
+    masks = [x[name] != 0 for name in ("pair_mask", "chosen_mask") if name in x]
+    if not masks:
+        return None, x
+    counts = (masks[0] & masks[-1]).expand(x["policy_rejected"].shape)
+    found = dict(x)
+    for side, mask in (("chosen", counts.any(0)), ("rejected", counts)):
+        for name, other in ((f"policy_{side}", 0.0), (f"reference_{side}", 0.0), (f"{side}_length", 1.0)):
+            if name in x:
+                found[name] = torch.where(mask, x[name], other)
+    return counts, found
+
+
 def margins(x: dict[str, Tensor], s: Settings) -> dict[str, Tensor]:
     """Log-ratios and margins of the loss, and those that q is read from: ``[K, B]``."""
     chosen, rejected = x["policy_chosen"], x["policy_rejected"]
@@ -161,15 +187,17 @@ def napo(
     ranks: list[dict[str, Tensor]], s: Settings, beta: Tensor, *, rank: int = 0, given: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Losses ``[B]``, rewards, q, weights and moments of one rank; ``given``: means ``[3, K]`` of a larger batch."""
-    x = ranks[rank]
+    masks, ranks = zip(*map(only_counted, ranks), strict=True)
+    x, counts = ranks[rank], masks[rank]
+    masks = None if counts is None else [mask.double() for mask in masks]
     found = [margins(other, s) for other in ranks]
     m = found[rank]
     with torch.no_grad():
         if given is None:
-            moments = torch.stack(moments_of([f["seen"].detach() for f in found], s.q_from))
+            moments = torch.stack(moments_of([f["seen"].detach() for f in found], s.q_from, masks))
             moments = smoothed(moments, x.get("previous"), s.decay)
             learned = moments_of(
-                [f["psi"].detach() for f in found], "all_pairs" if s.q_from == "all_pairs" else "rank_means"
+                [f["psi"].detach() for f in found], "all_pairs" if s.q_from == "all_pairs" else "rank_means", masks
             )[0]
         else:
             moments, learned = given[:2], given[2]
@@ -187,6 +215,8 @@ def napo(
     rows = box_cox(beta * m["psi"], q if q.dim() == 2 else q[:, None].expand_as(m["psi"]))
     present = torch.ones_like(weights) if s.dynamic else weights
     rows = torch.where(present[:, None] == 0, torch.zeros_like(rows), weights[:, None] * rows)
+    if counts is not None:
+        rows = torch.where(counts, rows, 0.0)
     losses = rows.sum(0)
     if s.sft:
         policy = x["policy_chosen"]
@@ -202,13 +232,16 @@ def napo(
 
 def fixed_q(x: dict[str, Tensor], beta: Tensor) -> dict[str, Tensor]:
     """The loss with a q that is given; NaN where it is not in [0, 1]."""
+    counts, x = only_counted(x)
     chosen, rejected = x["policy_chosen"], x["policy_rejected"]
     if "reference_chosen" in x:
         chosen, rejected = chosen - x["reference_chosen"], rejected - x["reference_rejected"]
     psi = chosen - rejected
     q = x["q"].detach().expand_as(psi)
     q = torch.where((q >= 0) & (q <= 1), q, torch.nan)
+    losses = box_cox(beta * psi, q)
+    if counts is not None:
+        losses = torch.where(counts, losses, 0.0)
     return {
-        "losses": box_cox(beta * psi, q), "chosen_rewards": (beta * chosen).detach(),
-        "rejected_rewards": (beta * rejected).detach(),
+        "losses": losses, "chosen_rewards": (beta * chosen).detach(), "rejected_rewards": (beta * rejected).detach(),
     }  # fmt: skip

@@ -6,11 +6,14 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+
+import torch
 
 from ranks import Ranks
 
 from . import chain, estimates, groups, logps, module, objective
-from .cases import Case
+from .cases import Case, drawn
 from .spaces import GROUPS, SPACES
 
 ALONE: dict[str, Callable[[Case], None]] = {
@@ -82,3 +85,18 @@ class Runner:
     def stop(self) -> None:
         if self.owns:
             self.ranks.stop()
+
+
+def batch(seeds: range, function: str | None, alone: bool) -> list[tuple[Case, Failure | None]]:
+    """In a process of its own, which keeps its runner, and the ranks of that, for the next batch. Not in ``__main__``:
+    of a package, a spawned process does not find it there."""
+    torch.set_num_threads(1)
+    runner = kept()
+    cases = [drawn(seed, function) for seed in seeds]
+    return [(case, runner.failure(case)) for case in cases if not (alone and case.function in GROUPS)]
+
+
+@cache
+def kept() -> Runner:
+    """One for the process."""
+    return Runner()

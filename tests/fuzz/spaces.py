@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 LAYOUT = ["dense", "dense", "dense", "interleaved", "transposed", "sliced", "offset", "expanded"]
+PAIR_MASK = [None, None, None, "some", "some", "all", "none"]
 DTYPE = ["float32", "float32", "bfloat16", "float16", "float64"]
 
 POSITIONS = {
@@ -79,6 +80,9 @@ LOGPS = {
     "reference_rejected_layout": LAYOUT,
     "upstream": ["normal", "zeros", "ones", "large"],
     "references_trained": [False, False, True],
+    "pair_mask": PAIR_MASK,
+    "mask_of": ["rejected", "chosen", "both"],
+    "masked_value": ["as drawn", "nan", "inf"],
     "call": [*["plain"] * 60, *["no_grad"] * 2, *["autocast"] * 6, *["again"] * 4, "compile"],
     "autocast": ["bfloat16", "float16"],
 }  # fmt: skip
@@ -122,13 +126,15 @@ MARGINS = {
     "margin_layout": LAYOUT,
 }  # fmt: skip
 
+MASKS = {"pair_mask": PAIR_MASK, "mask_of": ["rejected", "chosen"], "masked_value": LOGPS["masked_value"]}
+
 MOMENTS = {
-    **MARGINS, "q_from": SETTINGS["q_from"], "decay": SETTINGS["decay"], "previous": SETTINGS["previous"],
+    **MARGINS, **MASKS, "q_from": SETTINGS["q_from"], "decay": SETTINGS["decay"], "previous": SETTINGS["previous"],
     "previous_layout": LAYOUT,
 }  # fmt: skip
 
 NOISE = {
-    **MARGINS, "q_from": SETTINGS["q_from"], "estimator": ["released", "paper", "moment"],
+    **MARGINS, **MASKS, "q_from": SETTINGS["q_from"], "estimator": ["released", "paper", "moment"],
     "alpha": [None, 0.01, 0.5, 20.0], "bounds": [None, None, (0.0, 1.0), (0.2, 0.9), (0.5, 0.5)],
     "from_moments": [False, False, True],
 }  # fmt: skip
