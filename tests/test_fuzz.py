@@ -212,7 +212,7 @@ def a_kernel_without_the_last_column(monkeypatch):
 
 
 def padding_in_the_mean(monkeypatch):
-    monkeypatch.setattr(BatchLogps, "count", property(lambda self: self.policy_rejected.shape[-1]))
+    monkeypatch.setattr(BatchLogps, "pairs", lambda self: self.policy_rejected.shape[-1])
 
 
 def losses_of_padding(monkeypatch):

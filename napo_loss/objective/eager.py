@@ -49,7 +49,7 @@ def objective(
     if isinstance(beta, Tensor):
         beta = beta.to(psi.dtype)  # beside the scalar mean of one negative a float64 β would make q and losses float64
     if means is None:
-        count, by_count = batch.logps.count, recipe.q_from == "all_pairs"
+        count, by_count = batch.logps.pairs(), recipe.q_from == "all_pairs"
         means = mean_over_group(means_of(psi, seen, count), count, by_count=by_count, process_group=process_group)
     moments, margins = means[:2], means[2]
     if recipe.q_from == "each_pair":

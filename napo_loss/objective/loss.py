@@ -198,9 +198,9 @@ def batch_means(
         means = ops.objective_means(**ops.ObjectiveCall.of(batch, 1.0, recipe).to_schema())  # of ψ, without β
     else:
         margins = eager.margins_of(batch)
-        means = eager.means_of(margins.psi, margins.seen, batch.logps.count)
+        means = eager.means_of(margins.psi, margins.seen, batch.logps.pairs())
     by_count = recipe.q_from == "all_pairs"
-    means = mean_over_group(means, batch.logps.count, by_count=by_count, process_group=process_group)
+    means = mean_over_group(means, batch.logps.pairs(), by_count=by_count, process_group=process_group)
     return torch.cat([smooth(means[:2], previous, recipe.decay), means[2:]])
 
 
@@ -225,7 +225,7 @@ def _fused(
     elif process_group is not None:
         with torch.no_grad():
             own = ops.objective_means(**call.to_schema())
-        count, by_count = batch.logps.count, recipe.q_from == "all_pairs"
+        count, by_count = batch.logps.pairs(), recipe.q_from == "all_pairs"
         call = call.with_means(mean_over_group(own, count, by_count=by_count, process_group=process_group))
     out = ops.Objective(*ops.objective(**call.to_schema()))
     rewards, found = out.rewards.detach(), out.found.detach()

@@ -30,8 +30,7 @@ class BatchLogps(NamedTuple):
     rejected_length: Tensor | None  # [K, B]
     pair_mask: Tensor | None = None  # [K, B], bool: the pairs that count
 
-    @property
-    def count(self) -> int | Tensor:
+    def pairs(self) -> int | Tensor:
         """How many pairs count: B, or ``[K]`` where a mask says."""
         return self.policy_rejected.shape[-1] if self.pair_mask is None else self.pair_mask.sum(-1)
 
