@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument("--with", type=Path, dest="new", metavar="NEW.csv", help="compare these and run nothing")
     parser.add_argument("--check", action="store_true", help="static: write nothing, fail where kernels got worse")
     parser.add_argument("--targets", nargs="+", metavar="sm_90", help="static --check: for these only, not for all")
+    parser.add_argument("--without", metavar="fp16", help="static --check: without cases whose name holds this word")
     arguments = parser.parse_args()
     unknown = set(arguments.suites) - set(SUITES)
     if unknown:
@@ -29,8 +30,8 @@ def main() -> int:
         parser.error("--with needs --compare")
     if arguments.check and arguments.suites != ["static"]:
         parser.error("--check is for static alone")
-    if arguments.targets and not arguments.check:
-        parser.error("--targets is for --check alone: the table has all of them")
+    if (arguments.targets or arguments.without) and not arguments.check:
+        parser.error("--targets and --without are for --check alone: the table has all of them")
 
     from benchmarks.record import compare, read_rows
 
@@ -54,7 +55,7 @@ def main() -> int:
 
             if unknown := set(arguments.targets or ()) - set(TARGETS):
                 parser.error(f"no target called {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
-            status = run_static(check=arguments.check, targets=arguments.targets or tuple(TARGETS))
+            status = run_static(check=arguments.check, targets=arguments.targets, without=arguments.without)
     if arguments.compare:
         lines, regressions = compare(old, rows)
         print(*lines or ["no case in common"], sep="\n")

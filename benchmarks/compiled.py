@@ -170,11 +170,16 @@ def _read(i: int, target: str) -> Code:
     return code
 
 
-def compile_all(targets: Sequence[str] = tuple(TARGETS)) -> list[Report]:
-    """Every case on every target, a process per core; what is the same in two cases is compiled once."""
+def compile_all(targets: Sequence[str] = tuple(TARGETS), without: str | None = None) -> list[Report]:
+    """Every case (but those whose name holds the word ``without``) on every target, a process per core; what is the
+    same in two cases is compiled once."""
     os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is decorated; interpreted kernels do not compile
-    keys = [Source.of(launch).key(launch.element()) for _, launch in _launches()]
-    first = {key: keys.index(key) for key in keys}
+    keys = {
+        i: Source.of(launch).key(launch.element())
+        for i, (case, launch) in enumerate(_launches())
+        if without is None or without not in case
+    }
+    first = {key: i for i, key in reversed(keys.items())}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imported once for all of them
     work = [(i, target) for i in first.values() for target in targets]
@@ -182,7 +187,7 @@ def compile_all(targets: Sequence[str] = tuple(TARGETS)) -> list[Report]:
         found = pool.map(_read, *zip(*work, strict=True), chunksize=4)
         codes = dict(zip(work, tqdm(found, total=len(work), unit="kernel", disable=None), strict=True))
     return [
-        Report(launch.kernel.__name__, case, target, codes[first[key], target])
-        for (case, launch), key in zip(_launches(), keys, strict=True)
+        Report(_launches()[i][1].kernel.__name__, _launches()[i][0], target, codes[first[key], target])
+        for i, key in keys.items()
         for target in targets
     ]

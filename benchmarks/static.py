@@ -1,10 +1,10 @@
 """What can be known of the kernels without a GPU: what their machine code says on every target, and bytes moved.
 
-    python -m benchmarks static [--check [--targets sm_90 …]]
+    python -m benchmarks static [--check [--targets sm_90 …] [--without fp16]]
 
 writes ``results/static.csv`` and ``results/traffic.csv``. With ``--check`` nothing is written; what was committed is
 the bound: a kernel that spills, loads or stores in narrower pieces, takes more instructions or barriers, or moves more
-bytes, fails. ``--targets`` compiles for some of them only.
+bytes, fails. ``--targets`` compiles for some of them only, ``--without`` leaves out cases; then no bytes are counted.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ DRIFT = 1.03
 """Instructions per element, at most, over those committed: another version of the compiler may take a few others."""
 
 
-def run_static(*, check: bool, targets: Sequence[str] = tuple(TARGETS)) -> int:
+def run_static(*, check: bool, targets: Sequence[str] | None = None, without: str | None = None) -> int:
     """Prints the tables and writes them, or compares them with those committed; returns the exit status."""
     with ThreadPoolExecutor() as beside:
-        counted = beside.submit(count_traffic)
-        found, moved = compile_all(targets), counted.result()
+        counted = beside.submit(count_traffic if targets is without is None else list[Traffic])
+        found, moved = compile_all(targets or tuple(TARGETS), without), counted.result()
     print("registers spills shared load store | instructions, MUFU per element, barriers | share of a copy, at most")
     for r in found:
         print("{:22} {:34} {:8}".format(*r[:3]) + (" {:>6}" * len(Code._fields)).format(*r.row()[3:]))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 if __name__ == "__main__":
@@ -61,7 +61,11 @@ class Counter:
         del self.builder.create_masked_load, self.builder.create_masked_store
 
 
-def cases() -> Iterator[tuple[str, Callable[[], object], int]]:
+SHARES = (0.05, 0.1, 0.3, 1.0)
+"""Of the positions, those that count."""
+
+
+def cases(shares: Sequence[float] = SHARES) -> Iterator[tuple[str, Callable[[], object], int]]:
     """Name, call and floor. Few rows: then a row is split most, and the partial sums are the largest share."""
     from napo_loss.kernels.linear_block import linear_block
     from napo_loss.kernels.linear_rows import linear_rows
@@ -71,7 +75,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object], int]]:
     N, T = 1, 21
     for V, dtype in ((32064, torch.bfloat16), (50257, torch.float32), (128256, torch.bfloat16)):
         logits = torch.zeros(N, T, V, dtype=dtype)
-        for c in (0.05, 0.1, 0.3, 1.0):
+        for c in shares:
             labels = torch.zeros(N, T, dtype=torch.int64)
             labels[:, : round((1 - c) * T)] = -100
             active = int((labels[:, 1:] != -100).sum())
@@ -95,9 +99,9 @@ def cases() -> Iterator[tuple[str, Callable[[], object], int]]:
     yield "linear_block", lambda: linear_block(raw, targets, 0, torch.zeros(2, rows), w, dlogits, **head), moved
 
 
-def count() -> list[Traffic]:
+def count(shares: Sequence[float] = SHARES) -> list[Traffic]:
     found = []
-    for case, call, floor in cases():
+    for case, call, floor in cases(shares):
         with Counter() as counter:
             call()
         found.append(Traffic(case, counter.read, counter.written, floor))

@@ -11,7 +11,7 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 # Fresh examples on every run, and no clock: the first call of an operator compiles, and the machine may be busy.
-for _name, _examples in {"all": 100, "quick": 25}.items():
+for _name, _examples in {"all": 60, "quick": 25}.items():
     hypothesis.settings.register_profile(
         _name, max_examples=_examples, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow],
         print_blob=True,

@@ -8,7 +8,7 @@ from hypothesis import settings
 
 
 def examples(count: int, **others) -> settings:
-    """All in `make test-all`, a quarter of them in `make test`: the profile, one of two in conftest, says so."""
+    """Of a hundred, sixty in `make test-all` and a quarter in `make test`, as the profiles in conftest say."""
     return settings(max_examples=max(3, count * settings.default.max_examples // 100), **others)
 
 

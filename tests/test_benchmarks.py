@@ -355,6 +355,16 @@ def test_the_committed_results_are_of_this_form():
             assert path.stem in ("static", "traffic")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(measure.GPU, reason="counts in Triton's interpreter")
+def test_no_more_bytes_are_moved_than_committed():
+    committed = {line["case"]: int(line["read"]) + int(line["written"]) for line in static._read("traffic.csv")}
+    found = traffic.count(shares=(0.1,))
+    assert {row.case for row in found} <= committed.keys()
+    assert static.compare_traffic(found, committed) == ([], [])
+    assert not any(map(static.too_much, found))
+
+
 @pytest.mark.skipif(measure.GPU, reason="counts in Triton's interpreter")
 def test_the_traffic_that_is_counted_is_what_a_kernel_touches():
     from napo_loss.kernels.linear_rows import linear_rows

@@ -212,7 +212,8 @@ def napo(
         if s.dynamic:
             gain = learned.clamp(0, 1e30) + 0.05
             weights = (gain / gain.sum()).clamp_min(0.01) + x.get("nudge_weights", 0)
-    rows = box_cox(beta * m["psi"], q if q.dim() == 2 else q[:, None].expand_as(m["psi"]))
+    psi = m["psi"] if counts is None else torch.where(counts, m["psi"], 0.0)  # q may be NaN, whose gradient is, too
+    rows = box_cox(beta * psi, q if q.dim() == 2 else q[:, None].expand_as(psi))
     present = torch.ones_like(weights) if s.dynamic else weights
     rows = torch.where(present[:, None] == 0, torch.zeros_like(rows), weights[:, None] * rows)
     if counts is not None:
@@ -236,7 +237,7 @@ def fixed_q(x: dict[str, Tensor], beta: Tensor) -> dict[str, Tensor]:
     chosen, rejected = x["policy_chosen"], x["policy_rejected"]
     if "reference_chosen" in x:
         chosen, rejected = chosen - x["reference_chosen"], rejected - x["reference_rejected"]
-    psi = chosen - rejected
+    psi = chosen - rejected if counts is None else torch.where(counts, chosen - rejected, 0.0)
     q = x["q"].detach().expand_as(psi)
     q = torch.where((q >= 0) & (q <= 1), q, torch.nan)
     losses = box_cox(beta * psi, q)
