@@ -21,16 +21,15 @@ class Estimate(NamedTuple):
     seeds: int
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} ± {100 * self.half_width:.1f}"
+        return f"{100 * self.mean:.1f}{self._interval}"
 
     @property
     def signed(self) -> str:
-        return f"{100 * self.mean:+.1f} ± {100 * self.half_width:.1f}".replace("-", "−")
+        return f"{100 * self.mean:+.1f}{self._interval}".replace("-", "−")
 
     @property
-    def sure(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return abs(self.mean) > self.half_width
+    def _interval(self) -> str:
+        return f" ± {100 * self.half_width:.1f}" if self.seeds > 1 else ""  # one seed says nothing of its like
 
 
 class Point(NamedTuple):
