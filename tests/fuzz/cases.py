@@ -92,6 +92,8 @@ def _settle_positions(o: dict[str, Any], function: str) -> None:
         if "max_active" in o:
             o["max_active"] = None
     if "D" in o:
+        if o["call"] == "autocast" and o["autocast"] == "float16" and o["upstream"] == "large":
+            o["upstream"] = "normal"  # gradients overflow in it, those of a linear layer too
         if o["lora"] is None and o["trained"] in ("lora", "lora_A"):
             o["trained"] = "hidden"
         if not o["bias"] and o["trained"] == "bias":
