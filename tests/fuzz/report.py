@@ -17,7 +17,8 @@ from .spaces import SPACES
 ROOT = Path(__file__).parent.parent.parent
 SHOWN = (
     "backend", "dtype", "call", "packed", "values", "layout", "weights", "lora", "softcap", "budget", "max_active",
-    "statistics", "inplace", "shard", "trained", "recipe", "q_from", "fused", "lengths", "pair_mask", "K", "beta_is", "W",
+    "statistics", "inplace", "shard", "trained", "recipe", "q_from", "fused", "lengths", "pair_mask", "K", "beta_is",
+    "W",
 )  # fmt: skip
 """Options that are counted; ``layout`` of any argument."""
 
@@ -25,10 +26,10 @@ TITLE = """# The fuzzer
 
 `make fuzz` draws cases of the public functions, each from a seed, and compares every number with plain float64
 formulas that import nothing of the package: values, gradients, q, weights, moments, token statistics. An entry may be
-off by twice the error that the same formula has in the working dtype, and by {few} roundings (in float64, where the formula
-itself is rounded as often, by four times as many; an exponential of a kernel by those of the 41 nats that its base may lie
-below a row's largest logit). No tolerance is chosen by hand. Arguments are compared with what they were, byte by byte,
-those between their elements too, and no result may share memory with one.
+off by twice the error that the same formula has in the working dtype, and by {few} roundings (in float64, where the
+formula itself is rounded as often, by four times as many; an exponential of a kernel by those of the 41 nats that its
+base may lie below a row's largest logit). No tolerance is chosen by hand. Arguments are compared with what they were,
+byte by byte, those between their elements too, and no result may share memory with one.
 
 `python -m tests.fuzz --replay 123456` runs one case again, with `--function` where the run had it; what fails is first
 made as simple as it can be while it fails. Not drawn: `fused_head`, which [a test of many models](models.md) covers, a
