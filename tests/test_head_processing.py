@@ -12,9 +12,11 @@ from transformers import (
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import tiny
 from napo_loss import fused_head
+from napo_loss.hf import fusion
 from napo_loss.hf.processing import Processing, ramp, solve
 from napo_loss.reference import sequence_logps as oracle
 
@@ -161,6 +163,34 @@ def test_subclasses_and_hooks_that_change_the_logits_are_caught():
     model.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits.flip(-1)))
     with fused_head(model), pytest.raises(NotImplementedError, match="of one of its positions"):
         model(input_ids=IDS, labels=IDS)
+
+
+class InPlace(LlamaForCausalLM):
+    """A cap of its own, written over the logits that its head returned."""
+
+    def forward(self, input_ids, **kwargs):
+        out = self.model(input_ids=input_ids)
+        logits = self.lm_head(out.last_hidden_state).div_(4.0)
+        return CausalLMOutputWithPast(logits=4.0 * logits.tanh())
+
+
+def test_a_model_that_writes_over_its_logits():
+    torch.manual_seed(0)
+    model = louder(InPlace(tiny.text_config(cap=4.0)))
+    got, right = compare(model)
+    torch.testing.assert_close(got, right)
+    grads = [torch.autograd.grad(x.sum(), model.lm_head.weight)[0] for x in (got, right)]
+    torch.testing.assert_close(*grads)
+
+
+def test_what_a_model_does_is_verified_once(monkeypatch):
+    seen = []
+    original = fusion.check
+    monkeypatch.setattr(fusion, "check", lambda *args: seen.append(1) or original(*args))
+    model = tiny.llama()
+    for _ in range(3):
+        compare(model)
+    assert len(seen) == 1
 
 
 def test_nan_in_the_first_batch_is_nan_and_verified_later():

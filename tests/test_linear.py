@@ -484,6 +484,17 @@ def test_a_bound_of_active_positions_changes_nothing(backend, low_rank, budget, 
     torch.testing.assert_close(bounded, exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("V", [1, 5])
+def test_a_bound_beyond_the_only_position(backend, V):
+    """Rows beyond the active ones read a position, and a label, that there is."""
+    tensors, _, _, upstream = example(12, 1, 1, 4, V)
+    labels, options = torch.zeros(1, 1, dtype=torch.long), {"shift": False, "backend": backend}
+    exact = run(linear_sequence_logps, tensors, labels, upstream, **options)
+    bounded = run(linear_sequence_logps, tensors, labels, upstream, max_active=4, **options)
+    torch.testing.assert_close(bounded, exact, rtol=1e-5, atol=1e-6)
+
+
 def test_more_active_positions_than_the_bound_are_a_visible_nan():
     tensors, labels, _, _ = example(11)
     active = int((labels[:, 1:] != -100).sum())
