@@ -183,6 +183,16 @@ def test_a_model_that_writes_over_its_logits():
     torch.testing.assert_close(*grads)
 
 
+def test_where_a_log_prob_is_infinite_nothing_is_compared():
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]])
+    columns = torch.tensor([[0, 2]])
+    ours = logits.log_softmax(-1).gather(-1, columns)
+    finite, right = torch.zeros(1, 2), logits[:, :2]
+    assert not fusion.check(finite, logits, columns, torch.float32, "Model")
+    assert not fusion.check(ours, right, torch.tensor([[0, 1]]), torch.float32, "Model")
+    assert fusion.check(right.log_softmax(-1), right, torch.tensor([[0, 1]]), torch.float32, "Model")
+
+
 def test_what_a_model_does_is_verified_once(monkeypatch):
     seen = []
     original = fusion.check

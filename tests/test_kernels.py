@@ -15,6 +15,8 @@ from apart import apart
 from draws import examples, quick
 from napo_loss import Negative, Recipe, SequenceLogps, napo_loss, reference, sequence_logps
 from napo_loss.kernels.launch import BLOCK_BYTES, logits_launch, on_device
+from napo_loss.kernels.linear_rows import BLOCK_V as LINEAR_BLOCK_V
+from napo_loss.kernels.linear_rows import linear_rows
 from napo_loss.kernels.logps_backward import _rows_start_alike
 from napo_loss.logps import ops as logps_ops
 from napo_loss.logps.calls import LogitsCall
@@ -237,6 +239,31 @@ def test_launches_cover_every_row(rows, V, itemsize, aligned):
 def test_one_row_is_split_and_many_are_not(rows):
     splits = logits_launch(rows, 128256, 2, aligned=True).splits
     assert splits == (32 if rows <= 64 else 1)
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_row_far_above_its_base_is_read_again(start):
+    """The base is of the block that is read first, the last one; ``start`` 1: of elements beside whole blocks, too."""
+    block = BLOCK_BYTES // 4
+    row = torch.full((start + 3 * block + 5,), -50.0)
+    row[start + block // 2] = 300.0
+    logits = row[start:].view(1, 1, -1).requires_grad_()
+    for label in (0, block // 2):
+        labels = torch.full((1, 1), label)
+        for backend in ("triton", "eager"):
+            found = sequence_logps(logits, labels, shift=False, backend=backend).sum
+            assert found.item() == (-350.0 if label == 0 else 0.0)
+            (grad,) = torch.autograd.grad(found, logits)
+            assert grad[0, 0, block // 2].item() == (-1.0 if label == 0 else 0.0)
+
+
+def test_a_linear_row_that_is_read_again_is_all_that_is_read():
+    V = 2 * LINEAR_BLOCK_V - 1
+    storage = torch.full((1, V + 1), -50.0)
+    storage[0, 5], storage[0, V] = 300.0, 1e30  # of somebody else
+    targets = torch.zeros(1, dtype=torch.int64)
+    hit, peak, log_total, _ = linear_rows(storage[:, :V], targets, None, bias=None, logit_scale=1.0, softcap=0.0)
+    assert (hit.item(), peak.item(), log_total.item()) == (-350.0, 300.0, 0.0)
 
 
 def test_split_rows_give_the_same_sums():

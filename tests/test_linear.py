@@ -326,6 +326,18 @@ def test_opcheck(backend, budget):
     opcheck(linear_ops.linear_logps_backward.definition, (torch.ones(3, 6), [x.detach() for x in saved]), plain)
 
 
+@pytest.mark.parametrize("trained", [("hidden",), ("bias",), ()])
+def test_shapes_of_what_is_kept_where_little_is_trained(trained):
+    tensors, labels, _, _ = example(12)
+    for name in trained:
+        tensors[name].requires_grad_()
+    hidden = tensors.pop("hidden")
+    call = LinearCall.of(
+        hidden, Head(**tensors, lora_scale=0.5, logit_scale=1.0, softcap=5.0), labels, budget=2**30, backend="eager"
+    )
+    opcheck(linear_ops.linear_logps.definition, (), call.to_schema(), test_utils="test_faketensor")
+
+
 def test_compiles_without_a_graph_break():
     tensors, labels, weights, upstream = example(13)
     function = torch.compile(linear_sequence_logps, fullgraph=True, backend="aot_eager")

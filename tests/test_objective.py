@@ -310,6 +310,18 @@ def test_each_pair_has_a_q_of_its_own():
     torch.testing.assert_close(each.q[0, 0], napo_loss(*(x[..., :1] for x in inputs)).q[0])
 
 
+def test_moments_of_means_keep_no_graph():
+    pc, pr, rc, rr = four(6, 3, K=2)
+    chosen, rejected = (
+        SequenceLogps(pc.requires_grad_(), torch.full((3,), 4.0)),
+        SequenceLogps(pr, torch.full((2, 3), 5.0)),
+    )
+    recipe = Recipe({"rejected": Negative(), "image_only": Negative(margin="mean")})
+    out = napo_loss(chosen, rejected, rc, rr, recipe=recipe)
+    assert out.losses.requires_grad
+    assert not any(x.requires_grad for x in (out.moments, out.q, out.weights))
+
+
 def test_gradients_flow_to_the_policy_alone():
     inputs = [x.requires_grad_() for x in four(6, 3, K=2)]
     out = napo_loss(*inputs)

@@ -38,6 +38,16 @@ def aligned(x):
     return min(x.stride()) <= 1 and x.data_ptr() % 16 == 0 and (step * x.itemsize) % 16 == 0
 
 
+def test_half_precision_is_multiplied_as_it_is_only_where_sums_are_rounded_once(monkeypatch):
+    multiplied, product = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **given: multiplied.append(a.dtype) or product(a, b, **given))
+    monkeypatch.setattr(gemm, "_has_out_dtype", lambda *_: False)
+    a, b = torch.randn(4, 3).bfloat16(), torch.randn(3, 8).bfloat16()
+    gemm.mm_into(out := torch.empty(4, 8, dtype=torch.bfloat16), a, b)
+    assert set(multiplied) == {torch.float32}
+    assert torch.equal(out, (a.float() @ b.float()).bfloat16())
+
+
 @pytest.mark.parametrize("budget", [2**30, 150_000], ids=["kept", "computed again"])
 @pytest.mark.parametrize("V", [1024, 5003])
 @pytest.mark.parametrize("low_rank", [False, True])

@@ -36,10 +36,11 @@ def chain(model: nn.Module) -> Iterator[Any]:
 
 def caller(model: nn.Module) -> Any:
     """The outermost whose call is the model's: compiled code may not see hooks further in, and PEFT passes them by."""
-    for module in chain(model):
-        if hasattr(module, "_orig_mod") or hasattr(module, "get_base_model") or not hasattr(module, "module"):
-            return module
-    return model
+    return next(
+        module
+        for module in chain(model)
+        if hasattr(module, "_orig_mod") or hasattr(module, "get_base_model") or not hasattr(module, "module")
+    )
 
 
 def is_encoder_decoder(model: Any) -> bool:
