@@ -34,9 +34,7 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 def memory_ended(error: BaseException) -> bool:
     """Whether an error says that there was no memory left: on a CPU a plain RuntimeError of PyTorch's allocator."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
-    )
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: " in str(error)
 
 
 def by_name(record: tuple, kind: type) -> dict[str, Any]:

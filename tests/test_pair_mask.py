@@ -161,6 +161,8 @@ def test_the_functions_of_margins_against_float64(seed, K, B, one_for_all):
         expected = reference.noise_level(margin.double(), 0.01, estimator, rows)
         found = noise_level(dirty, estimator=estimator, pair_mask=mask)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        row = reference.noise_level(margin[0].double(), 0.01, estimator, rows[0])
+        assert torch.equal(row, expected[0])
     alone = margin_moments(dirty[0], pair_mask=rows[0])
     few = margin[0][rows[0]] if rows[0].any() else torch.zeros(1)
     torch.testing.assert_close(torch.stack(alone), torch.stack(margin_moments(few)), rtol=1e-5, atol=1e-4)

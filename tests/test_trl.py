@@ -12,6 +12,7 @@ import tiny
 from napo_loss import Recipe
 from napo_loss.trl import STATE_FILE, NaPOConfig, NaPOTrainer
 from napo_loss.trl.floors import PATIENCE, Floors
+from napo_loss.trl.models import initial
 from trainers import COMPARES, NAMES, QUIET, gradients, logps_by_hand, moved, text_trainer, trainer_for
 
 pytestmark = QUIET
@@ -178,6 +179,14 @@ def test_model_card_cites_the_method(tmp_path):
     assert "rafailov" not in card
 
 
+def test_no_copy_is_made_of_a_model_that_is_partitioned(tmp_path):
+    """By ZeRO-3 as it was loaded: a rank has but a part of each weight."""
+    model, args = tiny.llama(), NaPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    assert initial(model, args, None, kept=False) is not None
+    next(model.parameters()).ds_id = 0
+    assert initial(model, args, None, kept=False) is None
+
+
 def test_a_weight_that_stays_at_its_floor_is_said_once(tmp_path, caplog):
     trainer = trainer_for("text", tmp_path, max_steps=1)
     seen = []
@@ -187,6 +196,8 @@ def test_a_weight_that_stays_at_its_floor_is_said_once(tmp_path, caplog):
     assert all(weight >= 0.00999 for weight in seen[0].values())
     floors = Floors()
     for step in range(2 * PATIENCE + 5):
+        if step == PATIENCE - 1:
+            assert not caplog.records
         floors({"rejected": 0.01 if step % 3 else 0.5, "question_only": 0.98, "image_only": 0.01})
     (said,) = [r.getMessage() for r in caplog.records if r.name == "napo_loss.trl.floors"]
     assert "the dynamic weight of 'image_only' has been at its floor of 0.01 for 200 micro-batches" in said
