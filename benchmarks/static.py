@@ -33,8 +33,8 @@ DRIFT = 1.03
 def run_static(*, check: bool, targets: Sequence[str] | None = None, without: str | None = None) -> int:
     """Prints the tables and writes them, or compares them with those committed; returns the exit status."""
     with ThreadPoolExecutor() as beside:
-        counted = beside.submit(count_traffic if targets is without is None else list[Traffic])
-        found, moved = compile_all(targets or tuple(TARGETS), without), counted.result()
+        counted = beside.submit(count_traffic) if targets is without is None else None
+        found, moved = compile_all(targets or tuple(TARGETS), without), counted.result() if counted else []
     print("registers spills shared load store | instructions, MUFU per element, barriers | share of a copy, at most")
     for r in found:
         print("{:22} {:34} {:8}".format(*r[:3]) + (" {:>6}" * len(Code._fields)).format(*r.row()[3:]))
