@@ -326,6 +326,15 @@ def test_opcheck(backend, budget):
     opcheck(linear_ops.linear_logps_backward.definition, (torch.ones(3, 6), [x.detach() for x in saved]), plain)
 
 
+@pytest.mark.parametrize("budget", [2**30, 20_000])
+def test_a_vocabulary_of_several_blocks_backward(budget):
+    tensors, labels, _, upstream = example(13, 1, 3, 4, 2 * 2048 + 5, masked=0.0)
+    plain, kernels = (
+        run(linear_sequence_logps, tensors, labels, upstream, logits_budget=budget, backend=b) for b in BACKENDS
+    )
+    torch.testing.assert_close(kernels, plain, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("trained", [("hidden",), ("bias",), ()])
 def test_shapes_of_what_is_kept_where_little_is_trained(trained):
     tensors, labels, _, _ = example(12)
