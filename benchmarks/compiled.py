@@ -174,11 +174,8 @@ def compile_all(targets: Sequence[str] = tuple(TARGETS), without: str | None = N
     """Every case (but those whose name holds the word ``without``) on every target, a process per core; what is the
     same in two cases is compiled once."""
     os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is decorated; interpreted kernels do not compile
-    keys = {
-        i: Source.of(launch).key(launch.element())
-        for i, (case, launch) in enumerate(_launches())
-        if without is None or without not in case
-    }
+    chosen = {i: x for i, x in enumerate(_launches()) if without is None or without not in x[0]}
+    keys = {i: Source.of(launch).key(launch.element()) for i, (_, launch) in chosen.items()}
     first = {key: i for i, key in reversed(keys.items())}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imported once for all of them
@@ -187,7 +184,7 @@ def compile_all(targets: Sequence[str] = tuple(TARGETS), without: str | None = N
         found = pool.map(_read, *zip(*work, strict=True), chunksize=4)
         codes = dict(zip(work, tqdm(found, total=len(work), unit="kernel", disable=None), strict=True))
     return [
-        Report(_launches()[i][1].kernel.__name__, _launches()[i][0], target, codes[first[key], target])
-        for i, key in keys.items()
+        Report(launch.kernel.__name__, case, target, codes[first[keys[i]], target])
+        for i, (case, launch) in chosen.items()
         for target in targets
     ]

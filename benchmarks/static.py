@@ -33,7 +33,7 @@ DRIFT = 1.03
 def run_static(*, check: bool, targets: Sequence[str] | None = None, without: str | None = None) -> int:
     """Prints the tables and writes them, or compares them with those committed; returns the exit status."""
     with ThreadPoolExecutor() as beside:
-        counted = beside.submit(count_traffic) if targets is without is None else None
+        counted = beside.submit(count_traffic) if targets is None and without is None else None
         found, moved = compile_all(targets or tuple(TARGETS), without), counted.result() if counted else []
     print("registers spills shared load store | instructions, MUFU per element, barriers | share of a copy, at most")
     for r in found:
@@ -44,9 +44,8 @@ def run_static(*, check: bool, targets: Sequence[str] | None = None, without: st
     bad += [f"{r.case}: moves {r.ratio:.3f} times its floor" for r in moved if too_much(r)]
     if check:
         committed = {r[:3]: r.code for r in map(Report.from_row, _read("static.csv"))}
-        moved_before = {line["case"]: int(line["read"]) + int(line["written"]) for line in _read("traffic.csv")}
         worse, notes = compare_compiled(found, committed)
-        more, further = compare_traffic(moved, moved_before)
+        more, further = compare_traffic(moved, committed_traffic())
         bad += worse + more
         print(*notes, *further, sep="\n")
     print(f"{len(found)} kernels compiled by triton {triton.__version__}", *bad, sep="\n")
@@ -106,6 +105,11 @@ def compare_compiled(found: Sequence[Report], committed: Mapping[tuple, Code]) -
     if drifted:
         notes.append(f"{drifted} of {len(found)}: other registers or shared memory than committed, which is no fault")
     return worse, notes
+
+
+def committed_traffic() -> dict[str, int]:
+    """Bytes of each case."""
+    return {line["case"]: int(line["read"]) + int(line["written"]) for line in _read("traffic.csv")}
 
 
 def compare_traffic(found: Sequence[Traffic], committed: dict[str, int]) -> tuple[list[str], list[str]]:

@@ -178,7 +178,8 @@ def no_double_backward(ctx, *grads):
 
 
 def upcast(x: Tensor) -> Tensor:
-    """In float32 at least; so stacked where a caller's tensors are, as autocast refuses to stack any half precision but
-    its own."""
+    """In float32 at least. A caller's tensors are stacked in it, too: autocast refuses to stack any half precision but
+    its own.
+    """
     dtype = accumulation_dtype(x)
     return x if x.dtype == dtype else x.to(dtype)  # a call that does nothing takes as long as one that adds

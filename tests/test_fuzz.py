@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 import napo_loss
+import processes
 from fuzz import __main__ as command
 from fuzz.cases import Case, drawn
 from fuzz.report import Tally, written
@@ -24,7 +23,6 @@ from napo_loss.objective import estimators
 from napo_loss.objective.negatives import BatchLogps
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors are on the CPU, kernels interpreted")
-ROOT = Path(__file__).parent.parent
 FEW = 40
 MANY = 210
 
@@ -56,7 +54,7 @@ def test_cases_of_several_ranks_are_right(ranks):
 def test_the_command_runs_in_processes(tmp_path):
     page = tmp_path / "fuzz.md"
     options = ["--cases", "30", "--seed", "50", "--alone", "--jobs", "2", "--report", page]
-    run = subprocess.run([sys.executable, "-m", "tests.fuzz", *options], cwd=ROOT, capture_output=True, text=True)
+    run = processes.run([sys.executable, "-m", "tests.fuzz", *options])
     assert run.returncode == 0, run.stdout + run.stderr
     assert "0 wrong" in page.read_text()
 

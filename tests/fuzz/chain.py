@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import napo_loss
+from ranks import objective_is
 
 from . import logps, objective, pairs
 from .cases import Case
@@ -56,7 +57,7 @@ def run(case: Case) -> None:
     if not (reads.average or any(n.margin == "mean" and n.q is None for n in reads.negatives)):
         q.tensors = {name: x for name, x in q.tensors.items() if not name.endswith("length")}
     u = upstream(o["upstream"], (o["B"],), case.seed)
-    with objective.fused(o["fused"]):
+    with objective_is(fused=o["fused"]):
         out = napo_loss.napo_loss(
             *pairs.arguments(q), beta=q.beta, recipe=pairs.recipe(o), previous_moments=pairs.previous(q)
         )

@@ -17,7 +17,7 @@ from .layouts import laid_out
 from .objective import modes
 from .pairs import GARBAGE, drawn_masks
 from .positions import compiled
-from .references import BOUNDS, moments_of, q_of, rows_of, smoothed
+from .references import BOUNDS, moments_of, q_of, smoothed
 
 INF = torch.inf
 
@@ -88,10 +88,8 @@ Masks = list[Tensor | None]
 def raw(margins: tuple[Tensor, ...], o: dict[str, Any], rank: int, masks: Masks) -> tuple[Tensor, Tensor]:
     """Moments of the margins that count, of all ranks or, of each pair, of one."""
     parts = slice(rank, rank + 1) if o["q_from"] == "each_pair" else slice(None)
-    shaped = [rows_of(m.expand(x.shape)) for x, m in zip(margins, masks, strict=True) if m is not None]
-    if shaped and o["q_from"] == "each_pair":
-        shaped = [m.view(x.shape) for x, m in zip(margins, shaped, strict=True)]
-    return moments_of(list(margins[parts]), o["q_from"], shaped[parts] if shaped else None)
+    given = [m for m in masks[parts] if m is not None]
+    return moments_of(list(margins[parts]), o["q_from"], given or None)
 
 
 def formula_of_moments(o: dict[str, Any], masks: Masks, rank: int = 0) -> Callable[..., dict[str, Tensor]]:

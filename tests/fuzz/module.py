@@ -7,11 +7,12 @@ from itertools import pairwise
 import torch
 
 from napo_loss import NaPOLoss
+from ranks import objective_is
 
 from . import pairs, references
 from .cases import Case
 from .compare import FEW, Expected, Untouched, exactly
-from .objective import Numbers, compare, expected_napo, fused, mask_of, results
+from .objective import Numbers, compare, expected_napo, results
 from .pairs import Pairs
 from .positions import gradients, upstream
 
@@ -56,7 +57,7 @@ def taken(module: NaPOLoss, p: Pairs, s: references.Settings, step: int) -> tupl
     pieces = min(o["pieces"] or 1, B)
     edges = [round(i * B / pieces) for i in range(pieces + 1)]
     tensors, outs = {name: t for name, t in p.tensors.items() if name != "previous"}, []
-    with fused(o["fused"]):
+    with objective_is(fused=o["fused"]):
         moments = module.batch_moments(*pairs.arguments(p, tensors)) if o["pieces"] else None
         for a, b in pairwise(edges):
             part = {name: t[..., a:b] for name, t in tensors.items()}
@@ -87,7 +88,7 @@ def taken(module: NaPOLoss, p: Pairs, s: references.Settings, step: int) -> tupl
 
 def counted(p: Pairs, part: slice) -> int:
     """How many chosen of this part count; at least 1, as a divisor."""
-    mask = mask_of(p.tensors)
+    mask = references.mask_of(p.tensors)
     if mask is None:
         return len(p.tensors["policy_chosen"][part])
     return max(1, int(torch.atleast_2d(mask).any(0)[part].sum()))

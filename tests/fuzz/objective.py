@@ -11,7 +11,7 @@ from torch import Tensor
 
 import napo_loss
 from napo_loss import NaPOOutput
-from napo_loss.objective import loss as chooser
+from ranks import objective_is
 
 from . import pairs, references
 from .cases import Case
@@ -20,16 +20,6 @@ from .pairs import Pairs
 from .positions import compiled, gradients, upstream
 
 Numbers = dict[str, Tensor]
-
-
-@contextmanager
-def fused(wanted: bool):
-    """The objective as a kernel, interpreted here, or in tensor operations."""
-    original, chooser._can_fuse = chooser._can_fuse, lambda *_: wanted
-    try:
-        yield
-    finally:
-        chooser._can_fuse = original
 
 
 @contextmanager
@@ -158,7 +148,7 @@ def expected_napo(
 
 def called(p: Pairs, call: Callable[[Numbers], NaPOOutput], u: Tensor) -> Numbers:
     o = p.o
-    with modes(o), fused(o["fused"]):
+    with modes(o), objective_is(fused=o["fused"]):
         out = (compiled(call) if o["call"] == "compile" else call)(dict(p.tensors))
         found = results(out, o["K"])
         if o["call"] == "no_grad":
@@ -175,12 +165,6 @@ def same(one: Numbers, two: Numbers) -> None:
     for name, t in one.items():
         if not torch.equal(t.nan_to_num(7), two[name].nan_to_num(7)):
             raise Wrong(f"{name} is not the same bits in a second run")
-
-
-def mask_of(x: Numbers) -> Tensor | None:
-    """One mask for both, as functions without records take it."""
-    masks = [x[name] for name in ("pair_mask", "chosen_mask") if name in x]
-    return masks[0] & masks[-1] if masks else None
 
 
 def run_fixed(case: Case) -> None:
@@ -205,7 +189,7 @@ def run_fixed(case: Case) -> None:
     def call(x: Numbers):
         x = {"q": q} | x
         logps = [x.get(name) for name in ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")]
-        return napo_loss.noise_aware_dpo_loss(*logps, beta=p.beta, q=x["q"], pair_mask=mask_of(x))
+        return napo_loss.noise_aware_dpo_loss(*logps, beta=p.beta, q=x["q"], pair_mask=references.mask_of(x))
 
     def values(dtype: torch.dtype) -> Numbers:
         x = p.values(dtype) | {"beta": beta_of(p, dtype)}

@@ -118,11 +118,12 @@ def moments_of(parts: list[Tensor], q_from: str, masks: list[Tensor] | None = No
     """Mean and mean square over the last dimension, of the pairs that count; of several ranks, of which some have
     nothing."""
     if q_from == "each_pair":
-        x = parts[0] if masks is None else torch.where(masks[0] != 0, parts[0], 0.0)
+        x = counted(None if masks is None else masks[0], parts[0])
         return x, x**2
     if masks is not None:
-        counted = [zip(rows_of(x), m != 0, strict=True) for x, m in zip(parts, masks, strict=True)]
-        rows = [moments_of([x[m] for x, m in row], q_from) for row in zip(*counted, strict=True)]
+        every = zip(parts, masks, strict=True)
+        each = [zip(rows_of(x), rows_of(m.expand(x.shape)), strict=True) for x, m in every]
+        rows = [moments_of([x[m] for x, m in row], q_from) for row in zip(*each, strict=True)]
         mean, square = (torch.stack(row).view(parts[0].shape[:-1]) for row in zip(*rows, strict=True))
         return mean, square
     given = [x for x in parts if x.shape[-1]]
@@ -152,12 +153,23 @@ def q_of(mean: Tensor, square: Tensor, estimator: str, alpha: Any, bounds: tuple
     return q.clamp(*bounds)
 
 
+def counted(counts: Tensor | None, x: Tensor) -> Tensor:
+    """0 for pairs that do not count; its gradient is 0 there, too, whatever comes back."""
+    return x if counts is None else torch.where(counts, x, 0.0)
+
+
+def mask_of(x: dict[str, Tensor]) -> Tensor | None:
+    """One mask of those that are given: a pair counts that all of them count."""
+    masks = [x[name] != 0 for name in ("pair_mask", "chosen_mask") if name in x]
+    return masks[0] & masks[-1] if masks else None
+
+
 def only_counted(x: dict[str, Tensor]) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Which pairs count, ``[K, B]``, and the tensors with zeros, of length 1, for those that do not."""
-    masks = [x[name] != 0 for name in ("pair_mask", "chosen_mask") if name in x]
-    if not masks:
+    mask = mask_of(x)
+    if mask is None:
         return None, x
-    counts = (masks[0] & masks[-1]).expand(x["policy_rejected"].shape)
+    counts = mask.expand(x["policy_rejected"].shape)
     found = dict(x)
     for side, mask in (("chosen", counts.any(0)), ("rejected", counts)):
         for name, other in ((f"policy_{side}", 0.0), (f"reference_{side}", 0.0), (f"{side}_length", 1.0)):
@@ -189,7 +201,7 @@ def napo(
     """Losses ``[B]``, rewards, q, weights and moments of one rank; ``given``: means ``[3, K]`` of a larger batch."""
     masks, ranks = zip(*map(only_counted, ranks), strict=True)
     x, counts = ranks[rank], masks[rank]
-    masks = None if counts is None else [mask.double() for mask in masks]
+    masks = None if counts is None else masks
     found = [margins(other, s) for other in ranks]
     m = found[rank]
     with torch.no_grad():
@@ -212,13 +224,11 @@ def napo(
         if s.dynamic:
             gain = learned.clamp(0, 1e30) + 0.05
             weights = (gain / gain.sum()).clamp_min(0.01) + x.get("nudge_weights", 0)
-    psi = m["psi"] if counts is None else torch.where(counts, m["psi"], 0.0)  # q may be NaN, whose gradient is, too
+    psi = counted(counts, m["psi"])  # q may be NaN, and then the gradient
     rows = box_cox(beta * psi, q if q.dim() == 2 else q[:, None].expand_as(psi))
     present = torch.ones_like(weights) if s.dynamic else weights
     rows = torch.where(present[:, None] == 0, torch.zeros_like(rows), weights[:, None] * rows)
-    if counts is not None:
-        rows = torch.where(counts, rows, 0.0)
-    losses = rows.sum(0)
+    losses = counted(counts, rows).sum(0)
     if s.sft:
         policy = x["policy_chosen"]
         if s.average:
@@ -237,12 +247,10 @@ def fixed_q(x: dict[str, Tensor], beta: Tensor) -> dict[str, Tensor]:
     chosen, rejected = x["policy_chosen"], x["policy_rejected"]
     if "reference_chosen" in x:
         chosen, rejected = chosen - x["reference_chosen"], rejected - x["reference_rejected"]
-    psi = chosen - rejected if counts is None else torch.where(counts, chosen - rejected, 0.0)
+    psi = counted(counts, chosen - rejected)
     q = x["q"].detach().expand_as(psi)
     q = torch.where((q >= 0) & (q <= 1), q, torch.nan)
-    losses = box_cox(beta * psi, q)
-    if counts is not None:
-        losses = torch.where(counts, losses, 0.0)
     return {
-        "losses": losses, "chosen_rewards": (beta * chosen).detach(), "rejected_rewards": (beta * rejected).detach(),
+        "losses": counted(counts, box_cox(beta * psi, q)), "chosen_rewards": (beta * chosen).detach(),
+        "rejected_rewards": (beta * rejected).detach(),
     }  # fmt: skip
